@@ -449,7 +449,8 @@ def synthetic(
         mixing = rng.standard_normal((30, d_m), np.float32) / np.sqrt(d_m)
         x = np.hstack([z, distractors]) @ mixing
         x += noise / np.sqrt(d_m) * rng.standard_normal((items, d_m), np.float32)
-        features[m] = scale * (x + rng.standard_normal(d_m, np.float32) / np.sqrt(d_m))
+        x += rng.standard_normal(d_m, np.float32) / np.sqrt(d_m)  # not centred
+        features[m] = (scale * x).astype(np.float32)
         factors.append(z)
         taste.append(weight * rng.standard_normal((users, 6), np.float32))
     popularity = -0.6 * np.log(1 + rng.permutation(items)).astype(np.float32)

@@ -269,7 +269,7 @@ class Teacher(nn.Module):
     def __init__(self, dataset: Dataset, config: Config, device: torch.device | str = "cpu"):
         super().__init__()
         self.config, (n_users, n_items) = config, dataset.train.shape
-        self.features = {m: standardise(torch.from_numpy(x).to(device))
+        self.features = {m: standardise(torch.from_numpy(x).to(device, torch.float32))
                          for m, x in dataset.features.items()}
         tokens = [pca_tokens(x, config.dim) for x in self.features.values()]
         self.tokens = torch.cat(tokens, 1) if config.tokens == "concat" else sum(tokens) / len(tokens)
