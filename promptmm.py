@@ -135,7 +135,7 @@ PRESETS = {  # chosen on validation, see the README
 
 # ---------------------------------------------------------------- graph
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are)")
 
 
 def adjacency(train: sparse.csr_matrix) -> Tensor:
@@ -155,41 +155,57 @@ def adjacency(train: sparse.csr_matrix) -> Tensor:
     return torch.sparse_csr_tensor(*parts, size=graph.shape, check_invariants=True)
 
 
-def _matmul(adjacency: Tensor, x: Tensor) -> Tensor:
-    """Â x. On a CPU a weighted bag of rows is this product, some three times as fast as torch's."""
+def halves(adjacency: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Â_ui [U, I], by which users read items, and Â_iu = Â_uiᵀ [I, U]: Â's two blocks."""
+    start, columns, values = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
+    n_items, edges = len(adjacency) - n_users, len(values) // 2
+    return (torch.sparse_csr_tensor(start[: n_users + 1], columns[:edges] - n_users, values[:edges],
+                                    size=(n_users, n_items)),
+            torch.sparse_csr_tensor(start[n_users:] - edges, columns[edges:], values[edges:],
+                                    size=(n_items, n_users)))
+
+
+def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
+    """Sparse CSR times dense. On a CPU a weighted bag of rows is this product, and a faster one."""
     if x.is_cuda:
-        return adjacency @ x
-    return F.embedding_bag(adjacency.col_indices(), x, adjacency.crow_indices(), mode="sum",
-                           per_sample_weights=adjacency.values(), include_last_offset=True)
+        return matrix @ x
+    return F.embedding_bag(matrix.col_indices(), x, matrix.crow_indices(), mode="sum",
+                           per_sample_weights=matrix.values(), include_last_offset=True)
 
 
-class _Polynomial(torch.autograd.Function):
-    """y = Σ_l w_l Â^l x. Â is symmetric, so is the polynomial: the backward pass is the forward."""
+class _Product(torch.autograd.Function):
+    """y = M x, where Mᵀ is at hand for the backward pass."""
 
     @staticmethod
-    def forward(ctx, adjacency, x, weights):
-        ctx.adjacency, ctx.weights = adjacency, weights
-        *lower, last = weights
-        y = x * last
-        for weight in reversed(lower):  # Horner: ((w_L Â + w_{L-1}) Â + …) x, one product a layer
-            y = _matmul(adjacency, y)
-            if weight:
-                y.add_(x, alpha=weight)
-        return y
+    def forward(ctx, matrix, transposed, x):
+        ctx.matrix, ctx.transposed = matrix, transposed
+        return _matmul(matrix, x)
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, propagate(ctx.adjacency, gradient.contiguous(), ctx.weights), None
+        return None, None, _Product.apply(ctx.transposed, ctx.matrix, gradient.contiguous())
 
 
-def propagate(adjacency: Tensor, x: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Σ_l w_l Â^l x over nodes: [U+I, d] -> [U+I, d]."""
-    return _Polynomial.apply(adjacency, x, weights)
+class _LightGCN(torch.autograd.Function):
+    """E = 1/(L+1) Σ_l Â^l E^0. A polynomial in a symmetric Â: the backward pass is the forward."""
+
+    @staticmethod
+    def forward(ctx, adjacency, x, layers):
+        ctx.adjacency, ctx.layers = adjacency, layers
+        total = x / (layers + 1)
+        scaled = total
+        for _ in range(layers):  # Horner: x + Â (x + Â (x + …)), one product and no copy a layer
+            total = _matmul(adjacency, total).add_(scaled)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, _LightGCN.apply(ctx.adjacency, gradient.contiguous(), ctx.layers), None
 
 
 def lightgcn(adjacency: Tensor, user: Tensor, item: Tensor, layers: int) -> Tensor:
     """E = mean over l = 0…L of Â^l E^0 (LightGCN; errata C16, C17): [U, d], [I, d] -> [U+I, d]."""
-    return propagate(adjacency, torch.cat([user, item]), (1 / (layers + 1),) * (layers + 1))
+    return _LightGCN.apply(adjacency, torch.cat([user, item]), layers)
 
 
 def table(rows: int, dim: int) -> nn.Parameter:
@@ -222,6 +238,11 @@ def pca_tokens(x: Tensor, dim: int) -> Tensor:
     scale = np.where(real, np.sign(peak) / np.sqrt(np.where(real, values, 1)), 0)
     basis = torch.from_numpy(vectors * scale).to(x)  # [d_m, min(d, d_m)]
     return F.pad(x @ basis, (0, dim - basis.shape[1]))
+
+
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """ϱ of Eq. 4. On a CPU, comparing uniforms is twice as fast as torch's Bernoulli draws."""
+    return x * ((torch.rand_like(x) >= rate) / (1 - rate)) if rate else x
 
 
 class PromptModule(nn.Module):
@@ -278,6 +299,7 @@ class Teacher(nn.Module):
         self.gram = {m: gram @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
         self.root = {m: _root(g) for m, g in self.gram.items()} if config.prompt_rows == "unit" else {}
         self.adjacency = adjacency(dataset.train).to(device)
+        self.to_users, self.to_items = halves(self.adjacency, n_users)  # Â_ui, Â_iu
         degree = torch.from_numpy(np.diff(dataset.train.tocsc().indptr)).to(device)
         self.isolated = (degree == 0)[:, None]  # [I, 1]
 
@@ -310,24 +332,27 @@ class Teacher(nn.Module):
             else:
                 shift = shift / len(shift)
             f = f + scale * shift
-        return F.dropout(f, self.config.dropout, self.training)
+        return dropout(f, self.config.dropout) if self.training else f
 
     def forward(self, fixed: Fixed | None = None) -> Encoded:
         """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
         fixed = fixed or self.fixed()
-        n_users, embeddings = len(self.user), fixed.ids
+        teacher_user, teacher_item = fixed.ids.split([len(self.user), len(self.item)])
         user_modal, item_modal, reduced = {}, {}, {}
         for m, linear in zip(self.features, self.reduction, strict=True):
-            f = self.reduce(m, linear.bias, fixed)
-            nodes = torch.cat([f.new_zeros(n_users, f.shape[1]), f])  # users have no content
-            # F_u = Â_ui f and F_i = Â_iu F_u: Â [0; f] = [F_u; 0], and Â² [0; f] = [0; F_i].
-            modal = propagate(self.adjacency, nodes, (0.0, 1.0, 1.0))
-            item = torch.where(self.isolated, f, modal[n_users:])  # no neighbour: its own content
-            item = {"propagated": item, "mean": (f + item) / 2, "reduced": f}[self.config.modal_target]
-            modal = torch.cat([modal[:n_users], item])
-            embeddings = embeddings + self.config.fusion * F.normalize(modal, dim=1)
-            user_modal[m], item_modal[m], reduced[m] = modal[:n_users], modal[n_users:], f
-        return Encoded(embeddings[:n_users], embeddings[n_users:], user_modal, item_modal, reduced)
+            f = reduced[m] = self.reduce(m, linear.bias, fixed)
+            user = user_modal[m] = _Product.apply(self.to_users, self.to_items, f)  # F_u = Â_ui f
+            item_modal[m] = self.target(f, user)
+            teacher_user = teacher_user + self.config.fusion * F.normalize(user, dim=1)
+            teacher_item = teacher_item + self.config.fusion * F.normalize(item_modal[m], dim=1)
+        return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
+
+    def target(self, f: Tensor, user: Tensor) -> Tensor:
+        """F_i^m: Â_iu F_u, or f^m itself for an item without neighbours; `modal_target` varies it."""
+        if self.config.modal_target == "reduced":
+            return f
+        item = torch.where(self.isolated, f, _Product.apply(self.to_items, self.to_users, user))
+        return (f + item) / 2 if self.config.modal_target == "mean" else item
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -364,15 +389,37 @@ class Student(nn.Module):
 # ---------------------------------------------------------------- objectives
 
 
+class _Scores(torch.autograd.Function):
+    """y_bk = ⟨user[users_b], item[lists_bk]⟩, with a backward pass that adds rows where they belong.
+
+    Autograd's own would be right too, but several times slower: it copies the [B, K, d] gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, user, item, users, lists):
+        ctx.save_for_backward(user, item, users, lists)
+        rows = item.index_select(0, lists.flatten()).view(*lists.shape, -1)  # [B, K, d]
+        return torch.einsum("bd,bkd->bk", user.index_select(0, users), rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        user, item, users, lists = ctx.saved_tensors
+        by_user = F.embedding_bag(lists, item, mode="sum", per_sample_weights=gradient)  # [B, d]
+        by_item = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
+        return (torch.zeros_like(user).index_add_(0, users, by_user),
+                torch.zeros_like(item).index_add_(0, lists.flatten(), by_item.flatten(0, 1)), None, None)
+
+
 def scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
-    """⟨e_u, e_i⟩ for users [B] and their lists of items [B, K]: [B, K]."""
-    return (F.embedding(users, user)[:, None] * F.embedding(lists, item)).sum(-1)
+    """Inner products of users [B] with the items of their lists [B, K]: logits [B, K]."""
+    return _Scores.apply(user, item, users, lists)
 
 
 def penalty(model: Teacher | Student, users: Tensor, lists: Tensor) -> Tensor:
     """‖Θ‖² of Eq. 13 on the triplets' layer-0 embeddings."""
-    item = F.embedding(lists[:, :2].T, model.item)  # positives, negatives [2, B, d]
-    return l2_penalty(F.embedding(users, model.user), item[0], item[1])
+    positive, negative = (model.item.index_select(0, lists[:, k]) for k in (0, 1))
+    return l2_penalty(model.user.index_select(0, users), positive, negative)
 
 
 def modal_scores(encoded: Encoded, users: Tensor, lists: Tensor) -> list[Tensor]:
