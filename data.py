@@ -11,13 +11,12 @@ Read `Dataset` first, then `load`, `validate`, `synthetic` (the embedded default
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
-import os
 import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +26,14 @@ from scipy import sparse
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
-LAYOUTS = (
-    "native: train.npz val.npz test.npz; DiffMM: trnMat.pkl valMat.pkl tstMat.pkl; "
-    "MMSSL / PromptMM: {train,val,test}.json or train_mat val_mat test_mat; MMRec: <name>.inter; "
-    "each with <modality>_feat.npy"
+LAYOUTS = {  # by the files of each split; MMRec's single <name>.inter comes after these
+    "native": [("train.npz",), ("val.npz",), ("test.npz",)],
+    "DiffMM": [("trnMat.pkl",), ("valMat.pkl",), ("tstMat.pkl",)],
+    "MMSSL / PromptMM": [(f"{split}_mat", f"{split}.json") for split in SPLITS],
+}
+LAYOUT_HELP = (
+    "native (train.npz val.npz test.npz), DiffMM (trnMat.pkl valMat.pkl tstMat.pkl), "
+    "MMSSL / PromptMM ({train,val,test}.json or train_mat val_mat test_mat), MMRec (<name>.inter)"
 )
 
 
@@ -53,23 +56,22 @@ class Dataset:
 
 
 def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
-    """Read a dataset folder in whichever layout its files show (see LAYOUTS).
+    """Read a dataset folder in whichever layout its files show (LAYOUTS), and say which.
 
     modalities: comma-separated names to keep, "" for all. With `check`, `validate` it and print its
-    warnings. Prints which layout it took. Raises DataError on anything that cannot be used.
+    warnings. Raises DataError on anything that cannot be used.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a dataset folder, found none")
-    name, read = _layout(folder)
-    print(f"{folder}: {name} layout", file=sys.stderr)
+    layout, files = _layout(folder)
+    print(f"{folder}: {layout} layout", file=sys.stderr)
     features = _features(folder, modalities)
-    splits = {split: read(split) for split in SPLITS}  # {split: (file, users, items, shape or None)}
-    matrices = _matrices(splits, len(next(iter(features.values()))))
+    cells = {split: _read(file, SPLITS.index(split)) for split, file in files.items()}
+    matrices = _matrices(files, cells, n_items=len(next(iter(features.values()))))
     dataset = Dataset(folder.resolve().name, **matrices, features=features)
-    if check:
-        for warning in validate(dataset, str(folder)):
-            _warn(warning)
+    for warning in validate(dataset, str(folder)) if check else ():
+        _warn(warning)
     return dataset
 
 
@@ -77,29 +79,21 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _layout(folder: Path):
-    """The first layout whose files are there: its name, and a reader of one split."""
+def _layout(folder: Path) -> tuple[str, dict[str, Path]]:
+    """The first layout of which a file is there, and the file of each split."""
+    for layout, splits in LAYOUTS.items():
+        found = [[folder / n for n in names if (folder / n).is_file()] for names in splits]
+        for split, names, files in zip(SPLITS, splits, found, strict=True):
+            if any(found) and not files:
+                raise DataError(f"{folder}: {layout} layout without its {split} split, expected "
+                                + " or ".join(names))
+        if any(found):
+            return layout, dict(zip(SPLITS, (files[0] for files in found), strict=True))
     inter = sorted(folder.glob("*.inter"))
-    candidates = (
-        ("native", {s: (f"{s}.npz",) for s in SPLITS}, _read_npz),
-        ("DiffMM", dict(zip(SPLITS, (("trnMat.pkl",), ("valMat.pkl",), ("tstMat.pkl",)), strict=True)),
-         _read_pickle),
-        ("MMSSL / PromptMM", {s: (f"{s}_mat", f"{s}.json") for s in SPLITS}, _read_mmssl),
-    )
-    for name, names, reader in candidates:
-        files = {s: next((folder / n for n in names[s] if (folder / n).is_file()), None) for s in SPLITS}
-        if not any(files.values()):
-            continue
-        for split, file in files.items():
-            if file is None:
-                raise DataError(f"{folder}: {name} layout without its {split} split, expected "
-                                + " or ".join(names[split]))
-        return name, lambda split, files=files, reader=reader: (files[split], *reader(files[split]))
-    if len(inter) == 1:
-        return "MMRec", lambda split: (inter[0], *_read_inter(inter[0], SPLITS.index(split)))
-    if inter:
-        raise DataError(f"{folder}: expected one .inter file, found {len(inter)}")
-    raise DataError(f"{folder}: no recognised layout, expected one of: {LAYOUTS}")
+    if len(inter) != 1:
+        raise DataError(f"{folder}: no recognised layout, found {len(inter)} .inter files and no "
+                        f"other; expected one of {LAYOUT_HELP}")
+    return "MMRec", dict.fromkeys(SPLITS, inter[0])
 
 
 @contextlib.contextmanager
@@ -107,134 +101,114 @@ def _reading(file: Path):
     """Whatever goes wrong inside a stranger's file becomes one line that names the file."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:  # parsers raise a dozen types; all mean the same here
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{file}: cannot be read ({reason})") from error
+        reason = reason if type(error) is DataError else f"cannot be read: {reason}"
+        raise DataError(f"{file}: {reason}") from error
 
 
 def _features(folder: Path, modalities: str) -> dict[str, np.ndarray]:
     files = {f.name.removesuffix("_feat.npy"): f for f in sorted(folder.glob("*_feat.npy"))}
     if not files:
-        raise DataError(f"{folder}: no feature file, expected <modality>_feat.npy, "
-                        "such as image_feat.npy, text_feat.npy or audio_feat.npy")
+        raise DataError(f"{folder}: no feature file, expected <modality>_feat.npy, such as "
+                        "image_feat.npy, text_feat.npy or audio_feat.npy")
     wanted = [m.strip() for m in modalities.split(",")] if modalities else list(files)
     if unknown := [m for m in wanted if m not in files]:
-        raise DataError(f"{folder}: unknown modality {unknown[0]!r}, found {', '.join(files)}")
+        raise DataError(f"{folder}: unknown modality {unknown[0]!r}, expected {', '.join(files)}")
     return {m: read_features(files[m]) for m in wanted}
 
 
 def read_features(file: Path) -> np.ndarray:
-    """One modality's array [I, d_m] as float32."""
+    """One modality's array [I, d_m] as float32; DataError if it is no such array."""
     with _reading(file):
         array = np.load(file, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
-            found = f"{array.ndim}-d {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
-            raise DataError(f"{file}: expected a 2-d array of numbers [items, d_m], found {found}")
-        if 0 in array.shape:
-            raise DataError(f"{file}: expected at least one row and column, found {array.shape}")
+        if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "fiu" or 0 in array.shape:
+            found = f"{getattr(array, 'shape', 'an archive')} {getattr(array, 'dtype', '')}"
+            raise DataError(f"expected a 2-d array of numbers [items, d_m], found {found}")
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _read_npz(file: Path):
-    with _reading(file):
-        return _cells(sparse.load_npz(file))
-
-
 class _MatrixUnpickler(pickle.Unpickler):
-    """A pickle can run any code it names; this one can name only what a sparse matrix is made of."""
+    """A pickle may run any code it names; here it can name only what a sparse matrix is made of."""
 
     ALLOWED = {
         **{(f"scipy.sparse.{module}", f"{kind}_matrix"): getattr(sparse, f"{kind}_matrix")
            for kind in ("coo", "csr", "csc") for module in (kind, f"_{kind}")},
-        **{(f"numpy.{module}.multiarray", "_reconstruct"): np.empty(1).__reduce__()[0]
-           for module in ("core", "_core")},
-        **{(f"numpy.{module}.numeric", "_frombuffer"): np.empty(1).__reduce_ex__(5)[0]
-           for module in ("core", "_core")},
+        **{(f"numpy.{core}.{module}", name): np.empty(1).__reduce_ex__(protocol)[0]
+           for core in ("core", "_core") for module, name, protocol in
+           (("multiarray", "_reconstruct", 2), ("numeric", "_frombuffer", 5))},
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in old protocols
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
     }
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
-            raise DataError(f"the pickle asks for {module}.{name}, which is not part of a scipy sparse "
-                            "matrix; refused")
+            raise DataError(f"refused: it asks for {module}.{name}, expected a scipy sparse matrix")
         return self.ALLOWED[module, name]
 
 
-def _read_pickle(file: Path):
-    with _reading(file), open(file, "rb") as stream:
-        try:
-            matrix = _MatrixUnpickler(stream).load()
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
-        if not sparse.issparse(matrix):
-            raise DataError(f"{file}: expected a pickled scipy sparse matrix, found {type(matrix).__name__}")
-        return _cells(matrix)
-
-
-def _read_mmssl(file: Path):
-    if file.suffix != ".json":
-        return _read_pickle(file)
+def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
+    """Users and items of one split's interactions, and the matrix shape if the file stores one."""
     with _reading(file):
-        lists = json.loads(file.read_text())
-        if not isinstance(lists, dict):
-            raise DataError(f"{file}: expected {{user: [items]}}, found a {type(lists).__name__}")
-        rows = [int(user) for user, items in lists.items() for _ in items]
-        cols = [item for items in lists.values() for item in items]
-        if not all(type(item) is int for item in cols):
-            raise DataError(f"{file}: expected integer item ids, found {cols[0]!r} or the like")
-        return np.array(rows, np.int64), np.array(cols, np.int64), None
+        if file.suffix == ".json":
+            return *_read_json(file), None
+        if file.suffix == ".inter":
+            return *_read_inter(file, label), None
+        with open(file, "rb") as stream:
+            npz = file.suffix == ".npz"
+            matrix = sparse.load_npz(stream) if npz else _MatrixUnpickler(stream).load()
+        if not sparse.issparse(matrix) or matrix.ndim != 2:
+            raise DataError(f"expected a scipy sparse matrix [U, I], found {type(matrix).__name__}")
+        if matrix.format in ("csr", "csc"):
+            matrix.check_format(full_check=True)  # a corrupt index pointer would crash tocoo
+        coo = matrix.tocoo()
+        kept = coo.data != 0
+        return coo.row[kept].astype(np.int64), coo.col[kept].astype(np.int64), coo.shape
 
 
-def _read_inter(file: Path, label: int):
+def _read_json(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    lists = json.loads(file.read_text())
+    if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
+        raise DataError(f"expected {{user: [items]}}, found another {type(lists).__name__}")
+    users = [int(user) for user, items in lists.items() for _ in items]
+    items = [item for items in lists.values() for item in items]
+    if strange := [item for item in items if type(item) is not int]:
+        raise DataError(f"expected integer item ids, found {strange[0]!r}")
+    return np.array(users, np.int64), np.array(items, np.int64)
+
+
+def _read_inter(file: Path, label: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = ("userID", "itemID", "x_label")
-    with _reading(file):
-        with open(file) as stream:
-            header = stream.readline().rstrip("\r\n").split("\t")
-            if missing := [column for column in wanted if column not in header]:
-                raise DataError(f"{file}: header without {missing[0]}, expected tab-separated "
-                                f"{', '.join(wanted)}, found {header}")
-            columns = [header.index(column) for column in wanted]
-            table = np.loadtxt(stream, np.int64, delimiter="\t", usecols=columns, ndmin=2)
-        if not np.isin(table[:, 2], (0, 1, 2)).all():
-            raise DataError(f"{file}: expected x_label 0, 1 or 2, found others")
-        rows, cols, _ = table[table[:, 2] == label].T
-        return rows, cols, None
+    with open(file) as stream:
+        header = stream.readline().rstrip("\r\n").split("\t")
+        if missing := [column for column in wanted if column not in header]:
+            raise DataError(f"header without {missing[0]}, expected tab-separated "
+                            f"{', '.join(wanted)}, found {header}")
+        table = np.loadtxt(stream, np.int64, delimiter="\t", ndmin=2,
+                           usecols=[header.index(column) for column in wanted])
+    if not np.isin(table[:, 2], (0, 1, 2)).all():
+        raise DataError("expected x_label 0, 1 or 2, found others")
+    return tuple(table[table[:, 2] == label, :2].T)
 
 
-def _cells(matrix) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Users, items and shape of the non-zero cells; refuses indices that the format does not allow."""
-    if matrix.ndim != 2:
-        raise ValueError(f"expected a matrix, found {matrix.ndim} dimensions")
-    if matrix.format in ("csr", "csc"):
-        matrix.check_format(full_check=True)  # a corrupt index pointer would crash the conversion
-    coo = matrix.tocoo()
-    kept = coo.data != 0
-    return coo.row[kept].astype(np.int64), coo.col[kept].astype(np.int64), coo.shape
-
-
-def _matrices(splits: dict, n_items: int) -> dict[str, sparse.csr_matrix]:
-    """0/1 matrices of one shape; stored shapes must agree, else items = feature rows."""
-    shapes = {shape for *_, shape in splits.values() if shape}
-    if len(shapes) > 1:
-        found = ", ".join(f"{file.name} {shape}" for file, *_, shape in splits.values())
-        raise DataError(f"{splits['train'][0].parent}: splits of different shape: {found}")
-    largest = max((rows.max() for _, rows, *_ in splits.values() if len(rows)), default=-1)
-    shape = shapes.pop() if shapes else (int(largest) + 1, n_items)
+def _matrices(files: dict, cells: dict, n_items: int) -> dict[str, sparse.csr_matrix]:
+    """0/1 matrices of one shape: the stored one, else the largest user id + 1 by feature rows."""
+    shapes = {split: shape for split, (_, _, shape) in cells.items() if shape}
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"{files['train'].parent}: expected splits of one shape, found {shapes}")
+    n_users = 1 + max((users.max() for users, *_ in cells.values() if len(users)), default=-1)
+    shape = next(iter(shapes.values()), (int(n_users), n_items))
     matrices = {}
-    for split, (file, rows, cols, _) in splits.items():
-        for kind, ids, limit in (("user", rows, shape[0]), ("item", cols, shape[1])):
+    for split, (users, items, _) in cells.items():
+        for kind, ids, limit in (("user", users, shape[0]), ("item", items, shape[1])):
             if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
-                raise DataError(f"{file}: {kind} ids {ids.min()} to {ids.max()} in {split}, "
-                                f"expected 0 to {limit - 1}")
-        ones = np.ones(len(rows), np.float32)
-        matrix = sparse.csr_matrix((ones, (rows, cols)), shape)  # sums duplicates
-        if merged := len(rows) - matrix.nnz:
-            _warn(f"{file}: {merged} duplicate interactions in {split}, merged")
+                raise DataError(f"{files[split]}: expected {kind} ids 0 to {limit - 1} in {split}, "
+                                f"found {ids.min()} to {ids.max()}")
+        matrix = sparse.csr_matrix((np.ones(len(users), np.float32), (users, items)), shape)
+        if merged := len(users) - matrix.nnz:
+            _warn(f"{files[split]}: {merged} duplicate interactions in {split}, merged")
         matrix.data[:] = 1
         matrices[split] = matrix
     return matrices
@@ -245,51 +219,42 @@ def _matrices(splits: dict, n_items: int) -> dict[str, sparse.csr_matrix]:
 
 def validate(dataset: Dataset, where: str = "") -> list[str]:
     """Raise DataError if the dataset cannot be trained or judged on; return warnings otherwise."""
-    where = where or dataset.name
-    train, shape = dataset.train, dataset.train.shape
-
-    def refuse(message):
-        raise DataError(f"{where}: {message}")
-
-    for split in ("val", "test"):
-        if getattr(dataset, split).shape != shape:
-            refuse(f"splits of different shape: train {shape}, {split} {getattr(dataset, split).shape}")
-    if not train.nnz:
-        refuse("empty training split, expected at least one interaction")
-    for split in ("val", "test"):
-        if not getattr(dataset, split).nnz:
-            refuse(f"empty {split} split, expected at least one interaction")
-    for one, two, both in _overlaps(dataset):
-        if both:
-            refuse(f"{both} interactions are in both {one} and {two}, expected disjoint splits")
-    if full := int((np.diff(train.indptr) == shape[1]).sum()):
-        refuse(f"{full} users have every item in train, so no negative item exists for them")
-    if not dataset.features:
-        refuse("no features, expected at least one modality")
+    where, train, shape = where or dataset.name, dataset.train, dataset.train.shape
+    interacted = np.diff(train.indptr)
+    held_out = {split: getattr(dataset, split) for split in ("val", "test")}
+    refusals = [(f"expected splits of one shape, found train {shape} and {split} {matrix.shape}",
+                 matrix.shape != shape) for split, matrix in held_out.items()]
+    refusals += [(f"empty {split} split, expected at least one interaction", not matrix.nnz)
+                 for split, matrix in {"train": train, **held_out}.items()]
+    refusals += [(f"expected disjoint splits, found {n} interactions in both {one} and {two}", n)
+                 for one, two, n in _overlaps(dataset)]
+    full = (interacted == shape[1]).sum()
+    refusals += [(f"expected negatives for every user, found {full} users with every item", full),
+                 ("no features, expected at least one modality", not dataset.features)]
     warnings = []
     for m, x in dataset.features.items():
         if x.ndim != 2 or len(x) != shape[1]:
-            refuse(f"{m}_feat.npy: expected {shape[1]} rows, one for each item, found shape {x.shape}")
-        if broken := int((~np.isfinite(x).all(1)).sum()):
-            refuse(f"{m}_feat.npy: {broken} of {len(x)} rows hold NaN or infinity (as float32)")
-        if not x.any():
-            warnings.append(f"{where}: {m}_feat.npy is zero throughout: this modality says nothing")
-    names = list(dataset.features)
-    for i, one in enumerate(names):
-        for two in names[i + 1 :]:
-            if np.array_equal(dataset.features[one], dataset.features[two]):
-                warnings.append(f"{where}: {one}_feat.npy and {two}_feat.npy hold the same array")
-    idle = np.diff(train.indptr) == 0
-    for split in ("val", "test"):
-        if cold := int((idle & (np.diff(getattr(dataset, split).indptr) > 0)).sum()):
-            warnings.append(f"{where}: {cold} {split} users have no training item")
-    return warnings
+            raise DataError(f"{where}: {m}_feat.npy: expected {shape[1]} rows, one an item, "
+                            f"found shape {x.shape}")
+        broken = len(x) - np.isfinite(x).all(1).sum()
+        refusals.append((f"{m}_feat.npy: expected finite float32 numbers, found NaN or infinity in "
+                         f"{broken} of {len(x)} rows", broken))
+        twins = [two for two, y in dataset.features.items() if two < m and np.array_equal(x, y)]
+        warnings += [f"{m}_feat.npy and {two}_feat.npy hold the same array" for two in twins]
+        warnings += [] if x.any() else [f"{m}_feat.npy is zero throughout"]
+    for message, wrong in refusals:
+        if wrong:
+            raise DataError(f"{where}: {message}")
+    for split, matrix in held_out.items():
+        if cold := ((interacted == 0) & (np.diff(matrix.indptr) > 0)).sum():
+            warnings.append(f"{cold} {split} users have no training item")
+    return [f"{where}: {warning}" for warning in warnings]
 
 
-def _overlaps(dataset: Dataset):
-    for one, two in (("train", "val"), ("train", "test"), ("val", "test")):
-        a, b = getattr(dataset, one), getattr(dataset, two)
-        yield one, two, int(a.multiply(b).nnz) if a.shape == b.shape else 0
+def _overlaps(dataset: Dataset) -> list[tuple[str, str, int]]:
+    pairs = [(one, two, getattr(dataset, one), getattr(dataset, two))
+             for one, two in (("train", "val"), ("train", "test"), ("val", "test"))]
+    return [(one, two, int(a.multiply(b).nnz)) for one, two, a, b in pairs if a.shape == b.shape]
 
 
 def describe(dataset: Dataset) -> dict[str, str | int]:
@@ -299,34 +264,37 @@ def describe(dataset: Dataset) -> dict[str, str | int]:
     >>> figures["users"], figures["items"], figures["density"]
     (60, 40, '24.5 %')
     """
-    train, figures = dataset.train, {"dataset": dataset.name}
-    figures["users"], figures["items"] = train.shape
+    (users, items), train = dataset.train.shape, dataset.train
     sizes = {split: getattr(dataset, split).nnz for split in SPLITS}
-    total, cells = sum(sizes.values()), max(1, train.shape[0] * train.shape[1])
-    figures |= {"interactions": total, **sizes, "density": f"{100 * total / cells:.3g} %"}
+    total = sum(sizes.values())
+    figures = {"dataset": dataset.name, "users": users, "items": items, "interactions": total,
+               **sizes, "density": f"{100 * total / max(1, users * items):.3g} %"}
     for m, x in dataset.features.items():
-        unique = len({row.tobytes() for row in x})
-        zero = int((~x.any(1)).sum()) if x.ndim == 2 else 0
-        figures[f"features {m}"] = f"{' x '.join(map(str, x.shape))}, {zero} zero rows, " \
-                                   f"{len(x) - unique} repeated rows"
+        repeated = len(x) - len({row.tobytes() for row in x})
+        figures[f"features {m}"] = (f"{' x '.join(map(str, x.shape))}, {(~x.any(1)).sum()} zero "
+                                    f"rows, {repeated} repeated rows")
     figures["users without training items"] = int((np.diff(train.indptr) == 0).sum())
-    figures["items never trained"] = int((np.diff(train.tocsc().indptr) == 0).sum())
-    for one, two, both in _overlaps(dataset):
-        figures[f"in both {one} and {two}"] = both
-    return figures
+    figures["items never trained"] = items - len(np.unique(train.indices))
+    return figures | {f"in both {one} and {two}": both for one, two, both in _overlaps(dataset)}
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Equal for equal data, whatever the folder."""
+    matrices = [np.array(getattr(dataset, split).nonzero()).tolist() for split in SPLITS]
+    content = pickle.dumps((dataset.train.shape, matrices, dataset.features))
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 # ---------------------------------------------------------------- writing and converting
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator:
-    """Open a file for writing bytes that appears complete or not at all."""
+def write(path: Path, content) -> None:
+    """Write a file that appears complete or not at all; content: text, or a function of the stream."""
     draft = path.with_name(path.name + ".tmp")
     try:
         with open(draft, "wb") as stream:
-            yield stream
-        os.replace(draft, path)
+            stream.write(content.encode()) if isinstance(content, str) else content(stream)
+        draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -356,7 +324,8 @@ def split_interactions(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
     A user with three or more has at least one in each split; with fewer, all are for training.
 
-    >>> np.bincount(split_interactions(np.repeat([0, 1], [10, 2]), np.random.default_rng(0))).tolist()
+    >>> label = split_interactions(np.repeat([0, 1], [10, 2]), np.random.default_rng(0))
+    >>> np.bincount(label).tolist()
     [10, 1, 1]
     """
     order = np.lexsort((rng.random(len(rows)), rows))  # users together, shuffled within
@@ -367,51 +336,50 @@ def split_interactions(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return np.where(rank < held, 2, np.where(rank < 2 * held, 1, 0))
 
 
-def from_log(log: Path, features: dict[str, Path], items: Path | None, seed: int) -> tuple[Dataset, dict]:
+def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
+             seed: int = 0) -> tuple[Dataset, dict]:
     """One's own data: a CSV of interactions with any ids, and feature arrays.
 
     `items` names the item of each feature row, one id a line; without it the CSV's item ids are the
     row numbers. Returns the dataset and {"users": [...], "items": [...]}, ids by index.
     """
     with _reading(log), open(log, newline="") as stream:
-        rows = csv.reader(stream, delimiter="\t" if log.suffix in (".tsv", ".inter") else ",")
+        rows = csv.reader(stream, delimiter="\t" if log.suffix == ".tsv" else ",")
         header = [name.strip().lower().replace("_", "") for name in next(rows, [])]
-        columns = [next((header.index(n) for n in (kind, f"{kind}id") if n in header), None)
-                   for kind in ("user", "item")]
-        if None in columns:
-            raise DataError(f"{log}: expected a header with user and item (or user_id, item_id), "
-                            f"found {header}")
-        pairs = [(row[columns[0]].strip(), row[columns[1]].strip()) for row in rows if row]
+        columns = [i for kind in ("user", "item") for i, name in enumerate(header)
+                   if name in (kind, kind + "id")]
+        if len(columns) != 2:
+            raise DataError(f"expected a header with user (or user_id) and item, found {header}")
+        pairs = [tuple(row[i].strip() for i in columns) for row in rows if row]
     arrays = {m: read_features(file) for m, file in features.items()}
     if not arrays or not pairs:
-        raise DataError(f"{log}: expected interactions and at least one --features MODALITY=FILE.npy, "
-                        f"found {len(pairs)} and {len(arrays)}")
+        raise DataError(f"{log}: expected interactions and --features MODALITY=FILE.npy, found "
+                        f"{len(pairs)} and {len(arrays)}")
     n_items = len(next(iter(arrays.values())))
     with _reading(items or log):
-        names = [line.strip() for line in items.read_text().splitlines() if line.strip()] if items \
-            else [str(i) for i in range(n_items)]
+        names = items.read_text().split("\n") if items else map(str, range(n_items))
+    names = [name.strip() for name in names if name.strip()]
     if len(names) != n_items or len(set(names)) != n_items:
-        raise DataError(f"{items}: expected {n_items} different ids, one for each feature row, found "
-                        f"{len(names)} ({len(set(names))} different)")
+        raise DataError(f"{items}: expected {n_items} different ids, one a feature row, found "
+                        f"{len(names)}, {len(set(names))} of them different")
     column = {name: i for i, name in enumerate(names)}
     if strange := {item for _, item in pairs if item not in column}:
-        raise DataError(f"{log}: {len(strange)} items have no feature row, such as {min(strange)!r}; "
-                        f"expected ids listed in {items or 'the range of the feature rows'}")
-    users = list(dict.fromkeys(user for user, _ in pairs))
-    row = {name: i for i, name in enumerate(users)}
-    cells = np.array([(row[user], column[item]) for user, item in pairs], np.int64)
-    unique = np.unique(cells, axis=0)
-    if len(unique) < len(cells):
-        _warn(f"{log}: {len(cells) - len(unique)} duplicate interactions, merged")
-    label = split_interactions(unique[:, 0], np.random.default_rng(seed))
-    matrices = _labelled(unique, label, (len(users), n_items))
-    return Dataset(log.stem, **matrices, features=arrays), {"users": users, "items": names}
+        raise DataError(f"{log}: expected items from {items or 'the range of the feature rows'}, "
+                        f"found {len(strange)} others, such as {min(strange)!r}")
+    row = {name: i for i, name in enumerate(dict.fromkeys(user for user, _ in pairs))}
+    cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)
+    if len(cells) < len(pairs):
+        _warn(f"{log}: {len(pairs) - len(cells)} duplicate interactions, merged")
+    label = split_interactions(cells[:, 0], np.random.default_rng(seed))
+    dataset = Dataset(log.stem, **_labelled(cells, label, (len(row), n_items)), features=arrays)
+    return dataset, {"users": list(row), "items": names}
 
 
 def _labelled(cells: np.ndarray, label: np.ndarray, shape) -> dict[str, sparse.csr_matrix]:
     """Cells [n, 2] and their split 0/1/2 -> one matrix a split."""
-    return {split: sparse.csr_matrix((np.ones((label == i).sum(), np.float32), cells[label == i].T), shape)
-            for i, split in enumerate(SPLITS)}
+    parts = [cells[label == i].T for i in range(3)]
+    return {split: sparse.csr_matrix((np.ones(part.shape[1], np.float32), tuple(part)), shape)
+            for split, part in zip(SPLITS, parts, strict=True)}
 
 
 # ---------------------------------------------------------------- the embedded dataset
@@ -428,12 +396,12 @@ def synthetic(
 ) -> Dataset:
     """A generated catalogue in which the paper's claims hold *because they were planted*.
 
-    It is for watching the method work in a minute, and is no evidence about the real world. Planted:
+    It is for watching the method work in a minute, no evidence about the real world. Planted:
     - a user's taste is a weight on 6 hidden factors per modality; visual and text drive it equally,
       acoustic half as much; popularity is skewed; each user has at least five interactions;
     - a share `unexplained` of the interactions follows popularity alone, whatever the content;
     - features have d_m dimensions but rank 6 + 24: the factors that matter, mixed at random with 24
-      louder ones that have nothing to do with taste, plus noise; the acoustic noise drowns the rest;
+      louder ones that have nothing to do with taste, plus noise, which drowns the acoustic;
     - raw scales differ by two orders of magnitude between modalities;
     - a share `unseen` of the items is never in the training split.
     The same seed and sizes give the same dataset.
@@ -514,13 +482,14 @@ class Sampler:
         self.items = train.shape[1]
         self.user, self.item = user.to(device), item.to(device)  # [E], [E]
         self.start, self.free = start.to(device), (self.items - start.diff()).to(device)
-        self.gaps = (user * self.items + item - rank).to(device)  # ascending within and across users
+        self.gaps = (user * self.items + item - rank).to(device)  # ascending, users in turn
 
     def negatives(self, user: Tensor, generator: torch.Generator) -> Tensor:
         """One negative item for each entry of `user` (any shape)."""
         draw = torch.rand(user.shape, generator=generator, device=user.device, dtype=torch.float64)
         r = (draw * self.free[user]).long()  # the r-th item that is free
-        return r + torch.searchsorted(self.gaps, user * self.items + r, right=True) - self.start[user]
+        position = torch.searchsorted(self.gaps, user * self.items + r, right=True)
+        return r + position - self.start[user]
 
     def epoch(self, generator: torch.Generator, negatives: int = 1) -> tuple[Tensor, Tensor]:
         """All edges in random order: users [E], and lists [E, 1 + negatives], column 0 positive."""
@@ -547,38 +516,39 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="data.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("describe", help="print the statistics of a dataset folder")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder")
     command = commands.add_parser("convert", help="write the native layout")
-    command.add_argument("paths", type=Path, nargs="+", metavar="[SRC] OUT")
-    command.add_argument("--interactions", type=Path, help="CSV with user and item columns, any ids")
+    command.add_argument("paths", nargs="+", metavar="[SRC] OUT")
+    command.add_argument("--interactions", type=Path, help="CSV of users and items, any ids")
     command.add_argument("--features", nargs="+", default=[], metavar="MODALITY=FILE.npy")
-    command.add_argument("--items", type=Path, help="item ids in the features' row order, one a line")
+    command.add_argument("--items", type=Path, help="item ids in the order of the feature rows")
     command.add_argument("--seed", type=int, default=0, help="of the 8:1:1 split (default 0)")
     try:
         args = parser.parse_args(argv)
         if args.command == "describe":
             for name, value in describe(load(args.folder, check=False)).items():
                 print(f"{name:30} {value}")
-            return 0
-        *source, out = args.paths
-        if len(source) != (0 if args.interactions else 1):
-            raise DataError("data.py convert: expected SRC OUT, or OUT with --interactions, found "
-                            f"{len(args.paths)} paths")
-        if args.interactions:
-            pairs = [pair.partition("=") for pair in args.features]
-            features = {m: Path(file) for m, _, file in pairs}
-            dataset, ids = from_log(args.interactions, features, args.items, args.seed)
-            for warning in validate(dataset, str(args.interactions)):
-                _warn(warning)
         else:
-            dataset, ids = load(source[0]), None
-        save(dataset, out, ids)
-        print(f"{out}: {dataset.train.shape[0]} users, {dataset.train.shape[1]} items, "
-              f"{', '.join(dataset.features)}")
+            _convert(args)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if len(args.paths) != (1 if args.interactions else 2):
+        raise DataError(f"expected SRC OUT, or OUT with --interactions, found {args.paths}")
+    if args.interactions:
+        files = {m: Path(file) for m, _, file in (pair.partition("=") for pair in args.features)}
+        dataset, ids = from_log(args.interactions, files, args.items, args.seed)
+        for warning in validate(dataset, str(args.interactions)):
+            _warn(warning)
+    else:
+        dataset, ids = load(args.paths[0]), None
+    save(dataset, args.paths[-1], ids)
+    print(f"{args.paths[-1]}: {dataset.train.shape[0]} users, {dataset.train.shape[1]} items, "
+          f"{', '.join(dataset.features)}")
 
 
 if __name__ == "__main__":

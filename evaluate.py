@@ -34,7 +34,7 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor, Tensor]:
     """The stored cells of some rows of a CSR matrix: row within `users`, column."""
     rows = matrix[users].tocoo()
-    return torch.from_numpy(rows.row).long().to(device), torch.from_numpy(rows.col).long().to(device)
+    return tuple(torch.from_numpy(ids).long().to(device) for ids in (rows.row, rows.col))
 
 
 def evaluate(
@@ -115,7 +115,8 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10
     Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and two-sided
     p-values: `p_bootstrap` (users resampled in pairs; never below 1/resamples) and `p_wilcoxon`.
 
-    >>> result = paired_test(np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50))
+    >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
+    >>> result = paired_test(a, b)
     >>> result["difference"], result["low"] > 0.2, result["p_bootstrap"] < 0.01
     (0.25, True, True)
     """
@@ -137,10 +138,28 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10
     }
 
 
-def recommend(user: np.ndarray, item: np.ndarray, seen: np.ndarray, k: int) -> list[tuple[int, float]]:
+def recommend(user: np.ndarray, item: np.ndarray, seen: np.ndarray,
+              k: int) -> list[tuple[int, float]]:
     """One user's list: embeddings [d], [I, d], item indices to hide -> up to k (item, score)."""
     scores = torch.from_numpy(item @ user)[None]
     scores[0, torch.from_numpy(seen).long()] = -torch.inf
     values, index = top_items(scores, min(k, len(item)))
     pairs = zip(index[0].tolist(), values[0].tolist(), strict=True)
     return [(i, score) for i, score in pairs if score > -np.inf]
+
+
+def ladder(metrics: dict) -> str:
+    """The table of a run: what each step of the ladder costs, and reaches on the test split.
+
+    metrics: the content of metrics.json.
+    """
+    steps = (("mostpop", "MostPop", None), ("alone", "student alone", "student"),
+             ("student", "student", "student"), ("teacher", "teacher", "teacher"),
+             ("teacher_tuned", "teacher, prompt tuned", "teacher"))
+    lines = [f"{'test split':24}{'Recall@20':>10}{'NDCG@20':>10}{'trainable':>12}{'features':>12}"]
+    for key, name, model in steps:
+        if figures := metrics["test"].get(key):
+            size = metrics["parameters"].get(model, {}).values()
+            lines.append(f"{name:24}{figures['recall@20']:10.4f}{figures['ndcg@20']:10.4f}"
+                         + "".join(f"{number:12,}" for number in size))
+    return "\n".join(lines)

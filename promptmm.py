@@ -18,9 +18,9 @@ comment names the entry of the README's list of differences (P1-P13 paper, C1-C2
     paper                     code                                       shape
     A, E, U, I                dataset.train (scipy CSR, 0/1)             [U, I]
     x^m                       dataset.features["visual"]                 [I, d_m]
-    Â                         adjacency (torch CSR)                      [U+I, U+I]
+    Â, Â_ui, Â_iu             adjacency (scipy CSR); to_users, to_items  [U+I, U+I], [U, I], [I, U]
     η(x^m), averaged          tokens                                     [I, d]
-    p, p^m                    prompt, never formed (see Teacher.reduce)  [I, d], [I, d_m]
+    p, p^m                    prompt; p^m is never formed                [I, d], [I, d_m]
     θ_P                       theta: W_P stacked on b_P                  [d+1, d]
     f^m                       reduced[m]                                 [I, d]
     F_u^m, F_i^m              user_modal[m], item_modal[m]               [U, d], [I, d]
@@ -31,18 +31,12 @@ comment names the entry of the README's list of differences (P1-P13 paper, C1-C2
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import json
 import math
-import os
-import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,116 +47,108 @@ import torch.nn.functional as F
 from scipy import linalg, sparse
 from torch import Tensor, nn
 
-from data import DataError, Dataset, Parser, Sampler, load, synthetic, whole
-from evaluate import evaluate, recommend
-from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
+from data import DataError, Dataset, Parser, Sampler, fingerprint, load, synthetic, write
+from evaluate import evaluate, ladder, recommend
+from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd, scores
 
 # ---------------------------------------------------------------- settings
 
 
-def setting(default, meaning: str):
-    return field(default=default, metadata={"help": f"{meaning} (default {default})"})
+def setting(default, meaning: str, low=0, high=math.inf, choices=()):
+    return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; each is a flag. Sources: paper section, released code, or ours."""
 
-    dim: int = setting(64, "d, width of the embeddings (paper, Sec. 4.5)")
-    dim_student: int = setting(0, "width of the student if not d (paper, Sec. 4.5); 0: d")
+    dim: int = setting(64, "d, width of the embeddings (paper, Sec. 4.5)", 1)
+    dim_student: int = setting(0, "width of the student; 0: d (paper, Sec. 4.5)")
     teacher_layers: int = setting(2, "L of the teacher's LightGCN (released code)")
     student_layers: int = setting(2, "L of the student's LightGCN (ours; released code: 1)")
-    dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (paper: needed; value ours)")
-    fusion: float = setting(0.5, "c, share of the modal embeddings in E^T (released code: .028-.8)")
+    dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (paper: needed; value ours)", 0, 1)
+    fusion: float = setting(0.5, "c, weight of the modal embeddings in E^T (released code: .028-.8)")
     weight_modal: float = setting(0.1, "w_m of stage 1's BPR on F^m (released code: 0-1)")
     lambda_prompt: float = setting(1.0, "λ₁ of Eq. 4 (released code: .07-9)")
     lambda_pair: float = setting(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
     lambda_list: float = setting(0.1, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = setting(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
     alpha: float = setting(1.0, "α of KL(b) in Eq. 10 (decoupled distillation's default)")
-    beta: float | str = setting(1.0, "β of KL(q) in Eq. 10, or 'identity' for 1 - b+ (ours)")
-    temperature: float = setting(1.0, "τ of the softened logits (ours)")
-    gamma: float = setting(2.0, "γ of Eq. 11, at least 1 (released code)")
-    negatives: int = setting(10, "K-1, negatives of a list (released code)")
-    tokens: str = setting("mean", "tokens over modalities: mean (Eq. 3) or concat (errata P10)")
-    prompt_rows: str = setting("items", "scale of p^m: items, 1/|I| (ours), or unit (released code)")
-    modal_target: str = setting("propagated", "F_i^m: propagated (Eq. 1), mean with f^m, or reduced")
-    tune_prompt: bool = setting(True, "train the prompt in stage 2 as well (paper, Sec. 3.1.2)")
-    weight_anchor: float = setting(1.0, "weight of the prompted teacher's BPR in stage 2 (errata P11)")
+    beta: float | str = setting(1.0, "β of KL(q) in Eq. 10, or identity", choices=("identity",))
+    temperature: float = setting(1.0, "τ of the softened logits (ours)", 1e-3)
+    gamma: float = setting(2.0, "γ of Eq. 11 (released code)", 1)
+    negatives: int = setting(10, "K-1, negatives of a list (released code)", 1)
+    tokens: str = setting("mean", "η(x^m) over m (Eq. 3, errata P10)", choices=("mean", "concat"))
+    prompt_rows: str = setting("items", "p^m over |I|, or unit rows", choices=("items", "unit"))
+    modal_target: str = setting("propagated", "F_i^m: Â_iu F_u, its mean with f^m, or f^m alone",
+                                choices=("propagated", "mean", "reduced"))
+    tune_prompt: bool = setting(True, "train the prompt in stage 2 too (paper, Sec. 3.1.2)")
+    weight_anchor: float = setting(1.0, "of the prompted teacher's BPR in stage 2 (errata P11)")
     warm_start: bool = setting(False, "start the student at E^T (released code, errata C24)")
-    lr_teacher: float = setting(5e-3, "AdamW step of stage 1 (paper: 3.5e-4 to 9.8e-3)")
-    lr_student: float = setting(5e-3, "AdamW step of the student (ours; paper: 2.5e-4 to 8.5e-4)")
-    lr_prompt: float = setting(1e-4, "AdamW step of the prompt in stage 2 (ours)")
-    l2: float = setting(1e-4, "weight of ‖Θ‖² in Eq. 13 on batch embeddings (ours, errata P8)")
-    weight_decay: float = setting(0.0, "AdamW's decay (ours: 0, one regulariser and not two)")
-    batch: int = setting(2048, "training edges in a step (released code: 512-1024)")
-    epochs: int = setting(400, "cap on the epochs of a stage")
-    eval_every: int = setting(2, "epochs between validations")
-    patience: int = setting(15, "validations without a better Recall@20 before a stage stops")
-    alone: bool = setting(True, "also train the student without a teacher, for comparison")
-    seed: int = setting(0, "of everything random in training; never of the data")
+    lr_teacher: float = setting(5e-3, "AdamW's step in stage 1 (paper: 3.5e-4 to 9.8e-3)")
+    lr_student: float = setting(5e-3, "AdamW's step of the student (paper: 2.5e-4 to 8.5e-4)")
+    lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in stage 2 (ours)")
+    l2: float = setting(1e-4, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
+    weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
+    batch: int = setting(2048, "training edges in a step (released code: 512-1024)", 1)
+    epochs: int = setting(400, "cap on the epochs of a stage", 1)
+    eval_every: int = setting(2, "epochs between validations", 1)
+    patience: int = setting(15, "validations without a better Recall@20 that end a stage", 1)
+    alone: bool = setting(True, "train the student without a teacher too, to compare")
+    seed: int = setting(0, "of everything random in training, never of the data")
 
     def __post_init__(self):
-        """Refuse what cannot work, in one line."""
-        def need(holds, name, expected):
-            if not holds:
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-
+        """Refuse what cannot work."""
         for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                need(math.isfinite(value) and value >= 0, one.name, "a finite number, at least 0")
-        for name in ("dim", "negatives", "batch", "epochs", "eval_every", "patience"):
-            need(getattr(self, name) >= 1, name, "at least 1")
-        need(self.dropout < 1, "dropout", "a rate below 1")
-        need(self.temperature > 0, "temperature", "more than 0")
-        need(self.gamma >= 1, "gamma", "at least 1")
-        need(not isinstance(self.beta, str) or self.beta == "identity", "beta", "a number or identity")
-        for name, choices in (("tokens", ("mean", "concat")), ("prompt_rows", ("items", "unit")),
-                              ("modal_target", ("propagated", "mean", "reduced"))):
-            need(getattr(self, name) in choices, name, " or ".join(choices))
-        need(self.weight_modal > 0 or self.lambda_list == 0, "weight_modal",
-             "more than 0 where lambda_list is, or the scores it distils mean nothing")
-        need(not self.warm_start or self.dim_student in (0, self.dim), "dim_student", "d with a warm start")
+            value, (low, high, choices) = getattr(self, one.name), list(one.metadata.values())[1:]
+            if isinstance(value, str) and value not in choices:
+                raise ValueError(f"{one.name}: expected {' or '.join(choices)}, found {value}")
+            if not isinstance(value, str) and not low <= value < high:
+                raise ValueError(f"{one.name}: expected {low} <= number < {high}, found {value}")
+        if self.lambda_list and not self.weight_modal:  # the scores it distils would mean nothing
+            raise ValueError("weight_modal: expected more than 0 with lambda_list > 0, found 0")
+        if self.warm_start and self.dim_student not in (0, self.dim):
+            raise ValueError(f"dim_student: expected d to start warm, found {self.dim_student}")
 
 
 PRESETS = {  # chosen on validation, see the README
-    "default": dict(),
     "synthetic": dict(),
     "tiktok": dict(),
     "citeulike": dict(),
 }
+WORKING_FILES = ("state.pt", "alone.pt", "student.pt")  # in a run folder while the run lasts
+FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json")
 
 # ---------------------------------------------------------------- graph
 
 warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are)")
 
 
-def adjacency(train: sparse.csr_matrix) -> Tensor:
-    """Â = D^-1/2 [[0, A], [Aᵀ, 0]] D^-1/2 as one CSR tensor [U+I, U+I] (errata C1, C18).
+def adjacency(train: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Â = D^-1/2 [[0, A], [Aᵀ, 0]] D^-1/2, users first (errata C1, C18): [U+I, U+I].
 
-    Users come first. Rows without neighbours are zero.
+    Rows without neighbours are zero.
 
-    >>> adjacency(sparse.csr_matrix([[1, 1]])).to_dense()[0].tolist()  # one user, two items
-    [0.0, 0.7071067690849304, 0.7071067690849304]
+    >>> adjacency(sparse.csr_matrix([[1, 1]])).toarray().round(4)[0].tolist()  # a user, two items
+    [0.0, 0.7071, 0.7071]
     """
-    graph = sparse.block_array([[None, train], [train.T, None]], format="csr", dtype=np.float32)
-    graph.sort_indices()
-    degree = np.diff(graph.indptr)
-    scale = 1 / np.sqrt(np.maximum(degree, 1))
-    graph.data = (np.repeat(scale, degree) * scale[graph.indices]).astype(np.float32)
-    parts = (torch.from_numpy(part) for part in (graph.indptr, graph.indices, graph.data))
-    return torch.sparse_csr_tensor(*parts, size=graph.shape, check_invariants=True)
+    nodes = sparse.bmat([[None, train], [train.T, None]], format="csr")
+    scale = sparse.diags(1 / np.sqrt(np.maximum(np.diff(nodes.indptr), 1)))
+    return (scale @ nodes @ scale).astype(np.float32).tocsr()
 
 
-def halves(adjacency: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
-    """Â_ui [U, I], by which users read items, and Â_iu = Â_uiᵀ [I, U]: Â's two blocks."""
-    start, columns, values = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
-    n_items, edges = len(adjacency) - n_users, len(values) // 2
-    return (torch.sparse_csr_tensor(start[: n_users + 1], columns[:edges] - n_users, values[:edges],
-                                    size=(n_users, n_items)),
-            torch.sparse_csr_tensor(start[n_users:] - edges, columns[edges:], values[edges:],
-                                    size=(n_items, n_users)))
+class Graph(NamedTuple):
+    """Â's two blocks, each the other's transpose: all of Â that is not zero."""
+
+    to_users: Tensor  # Â_ui: users read items, CSR [U, I]
+    to_items: Tensor  # Â_iu: items read users, CSR [I, U]
+
+
+def graph(train: sparse.csr_matrix, device: torch.device | str = "cpu") -> Graph:
+    nodes, n_users = adjacency(train), train.shape[0]
+    blocks = nodes[:n_users, n_users:], nodes[n_users:, :n_users]
+    return Graph(*(torch.sparse_csr_tensor(b.indptr, b.indices, b.data, b.shape).to(device)
+                   for b in blocks))
 
 
 def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
@@ -174,7 +160,7 @@ def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """y = M x, where Mᵀ is at hand for the backward pass."""
+    """y = M x with Mᵀ at hand: the backward pass of one block of Â multiplies by the other."""
 
     @staticmethod
     def forward(ctx, matrix, transposed, x):
@@ -186,26 +172,23 @@ class _Product(torch.autograd.Function):
         return None, None, _Product.apply(ctx.transposed, ctx.matrix, gradient.contiguous())
 
 
-class _LightGCN(torch.autograd.Function):
-    """E = 1/(L+1) Σ_l Â^l E^0. A polynomial in a symmetric Â: the backward pass is the forward."""
-
-    @staticmethod
-    def forward(ctx, adjacency, x, layers):
-        ctx.adjacency, ctx.layers = adjacency, layers
-        total = x / (layers + 1)
-        scaled = total
-        for _ in range(layers):  # Horner: x + Â (x + Â (x + …)), one product and no copy a layer
-            total = _matmul(adjacency, total).add_(scaled)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, _LightGCN.apply(ctx.adjacency, gradient.contiguous(), ctx.layers), None
+def to_users(graph: Graph, item: Tensor) -> Tensor:
+    """Â_ui item: [I, d] -> [U, d]."""
+    return _Product.apply(graph.to_users, graph.to_items, item)
 
 
-def lightgcn(adjacency: Tensor, user: Tensor, item: Tensor, layers: int) -> Tensor:
-    """E = mean over l = 0…L of Â^l E^0 (LightGCN; errata C16, C17): [U, d], [I, d] -> [U+I, d]."""
-    return _LightGCN.apply(adjacency, torch.cat([user, item]), layers)
+def to_items(graph: Graph, user: Tensor) -> Tensor:
+    """Â_iu user: [U, d] -> [I, d]."""
+    return _Product.apply(graph.to_items, graph.to_users, user)
+
+
+def lightgcn(graph: Graph, user: Tensor, item: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    """E^(l+1) = Â E^(l), E = mean over l = 0…L (LightGCN; errata C16, C17): [U, d], [I, d]."""
+    total_user, total_item = user, item
+    for _ in range(layers):
+        user, item = to_users(graph, item), to_items(graph, user)
+        total_user, total_item = total_user + user, total_item + item
+    return total_user / (layers + 1), total_item / (layers + 1)
 
 
 def table(rows: int, dim: int) -> nn.Parameter:
@@ -245,22 +228,16 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     return x * ((torch.rand_like(x) >= rate) / (1 - rate)) if rate else x
 
 
-class PromptModule(nn.Module):
-    """P of Eq. 3: p = P(tokens), one linear layer with bias, [I, tokens] -> [I, d]."""
+class Linear(nn.Linear):
+    """x Wᵀ + b, Xavier and zero."""
 
-    def __init__(self, width: int, dim: int):
-        super().__init__()
-        self.linear = nn.Linear(width, dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+    def reset_parameters(self):
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear(tokens)
 
-    @property
-    def theta(self) -> Tensor:
-        """θ_P stacked, so that p = [tokens, 1] Θ: [width + 1, d]."""
-        return torch.cat([self.linear.weight.T, self.linear.bias[None]])
+class PromptModule(Linear):
+    """P of Eq. 3: p = P(tokens), one linear layer with bias, [I, width] -> [I, d]."""
 
 
 # ---------------------------------------------------------------- teacher
@@ -276,14 +253,6 @@ class Encoded(NamedTuple):
     reduced: dict[str, Tensor]  # f^m [I, d]
 
 
-class Fixed(NamedTuple):
-    """The part of the teacher that no prompt reaches: in stage 2 computed once."""
-
-    ids: Tensor  # LightGCN(ID embeddings) [U+I, d]
-    xw: dict[str, Tensor]  # x^m W^m [I, d]
-    gw: dict[str, Tensor]  # G^m W^m [width + 1, d]
-
-
 class Teacher(nn.Module):
     """T of Eq. 1, with any number of modalities. θ_T: tables and reductions; θ_P: `prompt`."""
 
@@ -293,65 +262,63 @@ class Teacher(nn.Module):
         self.features = {m: standardise(torch.from_numpy(x).to(device, torch.float32))
                          for m, x in dataset.features.items()}
         tokens = [pca_tokens(x, config.dim) for x in self.features.values()]
-        self.tokens = torch.cat(tokens, 1) if config.tokens == "concat" else sum(tokens) / len(tokens)
-        ones = self.tokens.new_ones(n_items, 1)
-        gram = torch.cat([self.tokens, ones], 1).T  # T₁ᵀ
-        self.gram = {m: gram @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
-        self.root = {m: _root(g) for m, g in self.gram.items()} if config.prompt_rows == "unit" else {}
-        self.adjacency = adjacency(dataset.train).to(device)
-        self.to_users, self.to_items = halves(self.adjacency, n_users)  # Â_ui, Â_iu
-        degree = torch.from_numpy(np.diff(dataset.train.tocsc().indptr)).to(device)
-        self.isolated = (degree == 0)[:, None]  # [I, 1]
+        mean = config.tokens == "mean"
+        self.tokens = sum(tokens) / len(tokens) if mean else torch.cat(tokens, 1)  # [I, width]
+        lifted = torch.cat([self.tokens, self.tokens.new_ones(n_items, 1)], 1)  # T₁ = [tokens, 1]
+        self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
+        unit = config.prompt_rows == "unit"
+        self.root = {m: _root(g) for m, g in self.gram.items()} if unit else {}
+        self.graph = graph(dataset.train, device)
+        degree = np.diff(dataset.train.tocsc().indptr)
+        self.isolated = torch.from_numpy(degree == 0).to(device)[:, None]  # [I, 1]
 
         self.user, self.item = table(n_users, config.dim), table(n_items, config.dim)
-        self.reduction = nn.ModuleList(nn.Linear(x.shape[1], config.dim) for x in self.features.values())
-        for linear in self.reduction:
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        widths = [x.shape[1] for x in self.features.values()]
+        self.reduction = nn.ModuleList(Linear(d_m, config.dim) for d_m in widths)  # W^m, b^m
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
         self.to(device)
 
-    def fixed(self) -> Fixed:
-        ids = lightgcn(self.adjacency, self.user, self.item, self.config.teacher_layers)
-        layers = list(zip(self.features, self.reduction, strict=True))
-        xw = {m: self.features[m] @ linear.weight.T for m, linear in layers}
-        return Fixed(ids, xw, {m: self.gram[m] @ linear.weight.T for m, linear in layers})
+    def fixed(self) -> tuple[tuple[Tensor, Tensor], dict[str, tuple[Tensor, Tensor, Tensor]]]:
+        """What no prompt reaches: LightGCN's output; XW [I, d], GW [width + 1, d] and b of each m."""
+        ids = lightgcn(self.graph, self.user, self.item, self.config.teacher_layers)
+        layers = {m: (x @ layer.weight.T, self.gram[m] @ layer.weight.T, layer.bias)
+                  for (m, x), layer in zip(self.features.items(), self.reduction, strict=True)}
+        return ids, layers
 
-    def reduce(self, m: str, bias: Tensor, fixed: Fixed) -> Tensor:
+    def reduce(self, m: str, xw: Tensor, gw: Tensor, bias: Tensor) -> Tensor:
         """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m) with p^m = s p (pᵀ x^m)   (Eq. 4; errata P9).
 
         P is linear, so p = T₁Θ and pᵀX = ΘᵀG: neither p^m nor any other [I, d_m] array is formed,
         and one step costs O(|I| d²) once XW and GW are known. s is 1/|I|, or 1/‖row of p (pᵀX)‖.
         """
-        f, scale = fixed.xw[m] + bias, self.config.lambda_prompt
-        if scale:
-            theta, prompt = self.prompt.theta, self.prompt(self.tokens)  # Eq. 3
-            shift = prompt @ (theta.T @ fixed.gw[m])  # p (pᵀX) W  [I, d]
-            if self.config.prompt_rows == "unit":
-                shift = shift / (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True).clamp(min=1e-12)
-            else:
-                shift = shift / len(shift)
-            f = f + scale * shift
+        f = xw + bias
+        if self.config.lambda_prompt:
+            prompt = self.prompt(self.tokens)  # Eq. 3
+            theta = torch.cat([self.prompt.weight.T, self.prompt.bias[None]])  # Θ
+            shift = prompt @ (theta.T @ gw) / len(prompt)  # p (pᵀX) W / |I|  [I, d]
+            if self.root:
+                norm = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True) / len(prompt)
+                shift = shift / norm.clamp(min=1e-12)
+            f = f + self.config.lambda_prompt * shift
         return dropout(f, self.config.dropout) if self.training else f
 
-    def forward(self, fixed: Fixed | None = None) -> Encoded:
+    def forward(self, fixed: tuple | None = None) -> Encoded:
         """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
-        fixed = fixed or self.fixed()
-        teacher_user, teacher_item = fixed.ids.split([len(self.user), len(self.item)])
-        user_modal, item_modal, reduced = {}, {}, {}
-        for m, linear in zip(self.features, self.reduction, strict=True):
-            f = reduced[m] = self.reduce(m, linear.bias, fixed)
-            user = user_modal[m] = _Product.apply(self.to_users, self.to_items, f)  # F_u = Â_ui f
-            item_modal[m] = self.target(f, user)
-            teacher_user = teacher_user + self.config.fusion * F.normalize(user, dim=1)
-            teacher_item = teacher_item + self.config.fusion * F.normalize(item_modal[m], dim=1)
+        (teacher_user, teacher_item), layers = fixed or self.fixed()
+        user_modal, item_modal, reduced, c = {}, {}, {}, self.config.fusion
+        for m, (xw, gw, bias) in layers.items():
+            f = reduced[m] = self.reduce(m, xw, gw, bias)
+            user_modal[m] = to_users(self.graph, f)  # F_u = Â_ui f
+            item_modal[m] = self.target(f, user_modal[m])
+            teacher_user = teacher_user + c * F.normalize(user_modal[m], dim=1)
+            teacher_item = teacher_item + c * F.normalize(item_modal[m], dim=1)
         return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
 
     def target(self, f: Tensor, user: Tensor) -> Tensor:
-        """F_i^m: Â_iu F_u, or f^m itself for an item without neighbours; `modal_target` varies it."""
+        """F_i = Â_iu F_u, or f for an item without neighbours; `modal_target` varies it."""
         if self.config.modal_target == "reduced":
             return f
-        item = torch.where(self.isolated, f, _Product.apply(self.to_items, self.to_users, user))
+        item = torch.where(self.isolated, f, to_items(self.graph, user))
         return (f + item) / 2 if self.config.modal_target == "mean" else item
 
 
@@ -370,50 +337,21 @@ class Student(nn.Module):
     def __init__(self, train: sparse.csr_matrix, config: Config, device: torch.device | str = "cpu",
                  start: Encoded | None = None):
         super().__init__()
+        self.layers, self.graph = config.student_layers, graph(train, device)
         dim = config.dim_student or config.dim
-        self.layers, self.adjacency = config.student_layers, adjacency(train).to(device)
         self.user, self.item = (table(rows, dim) for rows in train.shape)
-        if start:  # warm start: copies, never the teacher's own storage (errata C7)
-            self.user = nn.Parameter(start.teacher_user.detach().clone())
-            self.item = nn.Parameter(start.teacher_item.detach().clone())
-        # Another width than the teacher's: a map on the student's side, for Eq. 11 (errata P7).
+        if start:  # a copy, never the teacher's own storage (errata C7)
+            self.user, self.item = (nn.Parameter(e.detach().clone()) for e in start[:2])
+        # Narrower than the teacher: a map on the student's side, for Eq. 11 alone (errata P7).
         self.project = nn.Identity() if dim == config.dim else nn.Linear(dim, config.dim, bias=False)
         self.to(device)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(student_user [U, d], student_item [I, d])."""
-        return lightgcn(self.adjacency, self.user, self.item, self.layers).split(
-            [len(self.user), len(self.item)])
+        return lightgcn(self.graph, self.user, self.item, self.layers)
 
 
 # ---------------------------------------------------------------- objectives
-
-
-class _Scores(torch.autograd.Function):
-    """y_bk = ⟨user[users_b], item[lists_bk]⟩, with a backward pass that adds rows where they belong.
-
-    Autograd's own would be right too, but several times slower: it copies the [B, K, d] gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, user, item, users, lists):
-        ctx.save_for_backward(user, item, users, lists)
-        rows = item.index_select(0, lists.flatten()).view(*lists.shape, -1)  # [B, K, d]
-        return torch.einsum("bd,bkd->bk", user.index_select(0, users), rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        user, item, users, lists = ctx.saved_tensors
-        by_user = F.embedding_bag(lists, item, mode="sum", per_sample_weights=gradient)  # [B, d]
-        by_item = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
-        return (torch.zeros_like(user).index_add_(0, users, by_user),
-                torch.zeros_like(item).index_add_(0, lists.flatten(), by_item.flatten(0, 1)), None, None)
-
-
-def scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
-    """Inner products of users [B] with the items of their lists [B, K]: logits [B, K]."""
-    return _Scores.apply(user, item, users, lists)
 
 
 def penalty(model: Teacher | Student, users: Tensor, lists: Tensor) -> Tensor:
@@ -424,7 +362,7 @@ def penalty(model: Teacher | Student, users: Tensor, lists: Tensor) -> Tensor:
 
 def modal_scores(encoded: Encoded, users: Tensor, lists: Tensor) -> list[Tensor]:
     """Uni-modal logits ⟨F_u^m, F_i^m⟩ on the batch's lists, one [B, K] for each m."""
-    return [scores(encoded.user_modal[m], encoded.item_modal[m], users, lists) for m in encoded.reduced]
+    return [scores(user, encoded.item_modal[m], users, lists) for m, user in encoded.user_modal.items()]
 
 
 def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> dict[str, Tensor]:
@@ -441,34 +379,33 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> dict[str, T
 
 
 def student_terms(student: Student, config: Config, encoded: Encoded | None, users: Tensor,
-                  lists: Tensor, tuned: bool = False) -> dict[str, Tensor]:
+                  lists: Tensor) -> dict[str, Tensor]:
     """Stage 2: Eq. 12, L = BPR + λ₂ PairKD + λ₃ ListKD + λ₄ EmbKD, term by term.
 
-    Without `encoded` the student learns alone. If `tuned`, `encoded` carries gradients to θ_P, and
-    the prompted teacher's own BPR anchors it (errata P11): the student's has no path to θ_P.
+    Without `encoded` the student learns alone. Where the prompt is tuned, `encoded` depends on θ_P
+    and the prompted teacher's own BPR anchors it: the student's has no path to θ_P (errata P11).
     """
     student_user, student_item = student()
     logits = scores(student_user, student_item, users, lists)
-    margin = logits[:, 0] - logits[:, 1]
     terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
     if config.l2:
         terms["l2"] = config.l2 * penalty(student, users, lists)
     if encoded is None:
         return terms
-    if config.lambda_pair or tuned:
-        teacher = scores(encoded.teacher_user, encoded.teacher_item, users, lists[:, :2])
+    teacher = scores(encoded.teacher_user, encoded.teacher_item, users, lists[:, :2])
+    tau = config.temperature
     if config.lambda_pair:
-        teacher_margin = teacher[:, 0] - teacher[:, 1]
-        terms["pair_kd"] = config.lambda_pair * pair_kd(margin, teacher_margin, config.temperature)
+        margin, teacher_margin = logits[:, 0] - logits[:, 1], teacher[:, 0] - teacher[:, 1]
+        terms["pair_kd"] = config.lambda_pair * pair_kd(margin, teacher_margin, tau)
     if config.lambda_list:
+        modal = modal_scores(encoded, users, lists)
         terms["list_kd"] = config.lambda_list * sum(
-            list_kd(logits, y, config.alpha, config.beta, config.temperature)
-            for y in modal_scores(encoded, users, lists))
+            list_kd(logits, y, config.alpha, config.beta, tau) for y in modal)
     if config.lambda_embed:
         projected = student.project(student_item)
         terms["embed_kd"] = config.lambda_embed * sum(
             embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values())
-    if tuned and config.weight_anchor:
+    if teacher.requires_grad and config.weight_anchor:
         terms["prompt_anchor"] = config.weight_anchor * bpr_loss(teacher[:, 0], teacher[:, 1])
     return terms
 
@@ -480,351 +417,261 @@ class NonFinite(ArithmeticError):
     """A loss term became NaN or infinite."""
 
 
+@dataclass
 class Run:
-    """A run folder: what is written, when, and how an interrupted run goes on."""
+    """A run folder and what it is about; `state` is what an interrupted run goes on from."""
 
-    FILES = ("config.json", "log.csv", "teacher.pt", "alone.npz", "student.npz", "prompt.pt",
-             "metrics.json", "state.pt")
-
-    def __init__(self, folder: Path, dataset: Dataset, config: Config, device: torch.device):
-        self.folder, self.dataset, self.config, self.device = folder, dataset, config, device
-        self.state = self.read("state.pt") if (folder / "state.pt").exists() else {}
-        self.rows: list[dict] = self.state.get("rows", [])
-        self.sampler = Sampler(dataset.train, device)
-
-    def read(self, name: str) -> dict:
-        return torch.load(self.folder / name, map_location=self.device, weights_only=True)
-
-    def write(self, name: str, content: dict) -> None:
-        with whole(self.folder / name) as stream:
-            torch.save(content, stream)
+    folder: Path
+    dataset: Dataset
+    config: Config
+    device: torch.device
+    state: dict
 
     def log(self, row: dict) -> None:
-        """Add a line to log.csv, whose columns are those of all stages so far."""
-        self.rows.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for r in self.rows for name in r)))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        with whole(self.folder / "log.csv") as stream:
-            stream.write(text.getvalue().encode())
+        """One more evaluation in log.csv, whose columns are those of all stages so far."""
+        rows = self.state["rows"] = [*self.state.get("rows", []), row]
+        columns = dict.fromkeys(name for one in rows for name in one)
+        lines = [columns, *([str(one.get(c, "")) for c in columns] for one in rows)]
+        text = "".join(",".join(line) + "\n" for line in lines)
+        write(self.folder / "log.csv", text)
 
-    def measure(self, user: Tensor, item: Tensor, split: str, mask: str = "all") -> dict[str, float]:
-        """Metrics on a split; seen items are no candidates: train, and at test validation too."""
-        seen = self.dataset.train
+    def measure(self, embeddings, split: str, mask: str = "all") -> dict[str, float]:
+        """Metrics on "val" or "test". No candidates: train; at test, unless masked less, val too."""
+        exclude = self.dataset.train
         if split == "test" and mask == "all":
-            seen = seen + self.dataset.val
-        return evaluate(user, item, getattr(self.dataset, split), seen)
+            exclude = exclude + self.dataset.val
+        return evaluate(*embeddings, getattr(self.dataset, split), exclude)
 
 
-def fit(run: Run, stage: str, learner: nn.Module, groups: list[dict], negatives: int,
-        terms: Callable[[Tensor, Tensor], dict[str, Tensor]],
-        embeddings: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Train until validation Recall@20 has not improved for `patience` evaluations; keep the best.
+def fit(run: Run, stage: str, learner: nn.Module, groups: list[dict], width: int, terms, rank) -> None:
+    """Train until validation Recall@20 stops improving; leave the selected epoch's weights.
 
-    groups: AdamW's parameter groups. terms(users, lists): the objective, summed here.
-    embeddings(): what is ranked. On return `learner` holds the selected epoch's weights.
+    groups: AdamW's. terms(users [B], lists [B, width]) -> the objective's terms by name. rank() ->
+    (user [U, d], item [I, d]), judged on validation; the test split is never touched. A stage that
+    an earlier session finished is read from its file.
     """
-    config, generator = run.config, torch.Generator(run.device)
+    file, config, generator = run.folder / f"{stage}.pt", run.config, torch.Generator(run.device)
+    if file.exists():
+        learner.load_state_dict(torch.load(file, run.device, weights_only=True))
+        return
+    sampler = Sampler(run.dataset.train, run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    state = {"stage": stage, "epoch": 0, "best": None, "recall": -1.0, "stale": 0, "seconds": 0.0}
+    state = {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0, "best": None}
     if run.state.get("stage") == stage:
-        state |= {name: run.state[name] for name in state}
+        state = {name: run.state[name] for name in state}
         learner.load_state_dict(run.state["learner"])
         optimiser.load_state_dict(run.state["optimiser"])
     while state["epoch"] < config.epochs and state["stale"] < config.patience:
         began = time.perf_counter()
         state["epoch"] += 1
         # Seeded by epoch: a resumed run draws what an uninterrupted one would have, and the student
-        # alone sees the same triplets as the distilled one.
-        source = [config.seed, state["epoch"], stage == "teacher"]
-        seed = int(np.random.SeedSequence(source).generate_state(1)[0])
-        torch.manual_seed(seed)  # dropout
-        sums = _epoch(learner, optimiser, *run.sampler.epoch(generator.manual_seed(seed), negatives),
-                      config.batch, terms)
-        for name, value in sums.items():
+        # alone meets the same edges in the same order as the distilled one.
+        source = np.random.SeedSequence([config.seed, state["epoch"], stage == "teacher"])
+        torch.manual_seed(seed := int(source.generate_state(1)[0]))  # dropout
+        samples = sampler.epoch(generator.manual_seed(seed), width - 1)
+        means = _epoch(learner, optimiser, samples, config.batch, terms)
+        for name, value in means.items():
             if not math.isfinite(value):
-                raise NonFinite(f"{stage}: {name} became {value} in epoch {state['epoch']}; expected a "
-                                "finite loss, try a smaller learning rate or weight")
+                raise NonFinite(f"{stage}, epoch {state['epoch']}: expected finite losses, found "
+                                f"{name} = {value}; a smaller step or weight may help")
         state["seconds"] += time.perf_counter() - began
         if state["epoch"] % config.eval_every == 0 or state["epoch"] == config.epochs:
-            learner.eval()
-            with torch.no_grad():
-                figures = run.measure(*embeddings(), "val")
-            learner.train()
-            state["stale"] += 1
-            if figures["recall@20"] > state["recall"]:
-                best = {name: weight.clone() for name, weight in learner.state_dict().items()}
-                state |= {"recall": figures["recall@20"], "best": best, "stale": 0}
-            run.log({"stage": stage, "epoch": state["epoch"], "seconds": round(state["seconds"], 3),
-                     "loss": sum(sums.values()), **sums,
-                     "recall@20": figures["recall@20"], "ndcg@20": figures["ndcg@20"]})
-            _progress(stage, state, config, run.rows[-1])
-        run.write("state.pt", {**state, "learner": learner.state_dict(),
-                               "optimiser": optimiser.state_dict(), "rows": run.rows})
+            _validate(run, state, learner, means, rank)
+        run.state |= {**state, "learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
+        write(run.folder / "state.pt", lambda stream: torch.save(run.state, stream))
     learner.load_state_dict(state["best"])
-    learner.eval()
+    write(file, lambda stream: torch.save(state["best"], stream))
 
 
-def _epoch(learner, optimiser, users, lists, batch, terms) -> dict[str, float]:
-    """One pass over the edges; the mean of each term. The host waits for the device only at the end."""
+def _epoch(learner, optimiser, samples, batch: int, terms) -> dict[str, float]:
+    """One pass over the edges; each term's mean. The host waits for the device only at the end."""
     learner.train()
-    sums: dict[str, Tensor] = {}
-    batches = list(zip(users.split(batch), lists.split(batch), strict=True))
-    for some_users, some_lists in batches:
-        parts = terms(some_users, some_lists)
+    totals: dict[str, Tensor] = {}
+    batches = list(zip(*(part.split(batch) for part in samples), strict=True))
+    for users, lists in batches:
+        parts = terms(users, lists)
         optimiser.zero_grad()
         sum(parts.values()).backward()  # the objective is the sum of this dict
         optimiser.step()
         for name, part in parts.items():
-            sums[name] = sums.get(name, 0.0) + part.detach()
-    return dict(zip(sums, (torch.stack(list(sums.values())) / len(batches)).tolist(), strict=True))
+            totals[name] = totals.get(name, 0.0) + part.detach()
+    means = torch.stack(list(totals.values())) / len(batches)
+    return dict(zip(totals, means.tolist(), strict=True))
 
 
-def _progress(stage: str, state: dict, config: Config, row: dict) -> None:
-    """One line an evaluation; time left lies between no further improvement and the epoch cap."""
-    pace = state["seconds"] / state["epoch"]
-    most = config.epochs - state["epoch"]
-    least = min(most, (config.patience - state["stale"]) * config.eval_every)
-    print(f"{stage:8} epoch {state['epoch']:4}  loss {row['loss']:.4f}  validation R@20 "
-          f"{row['recall@20']:.4f}  best {state['recall']:.4f}  {pace:.2f} s/epoch  "
-          f"left {least * pace:.0f} to {most * pace:.0f} s", file=sys.stderr, flush=True)
+def _validate(run: Run, state: dict, learner: nn.Module, means: dict[str, float], rank) -> None:
+    """Judge an epoch on the validation split, keep it if it is the best yet, and report."""
+    learner.eval()
+    with torch.no_grad():
+        found = run.measure(rank(), "val")
+    state["stale"] += 1
+    if found["recall@20"] > state["recall"]:
+        best = {name: weight.clone() for name, weight in learner.state_dict().items()}
+        state |= {"recall": found["recall@20"], "stale": 0, "best": best}
+    row = {name: state[name] for name in ("stage", "epoch", "seconds")}
+    row |= {name: found[name] for name in ("recall@20", "ndcg@20")}
+    run.log(row | {"loss": sum(means.values()), **means})
+    most, pace = run.config.epochs - state["epoch"], state["seconds"] / state["epoch"]
+    least = min(most, (run.config.patience - state["stale"]) * run.config.eval_every)
+    print(f"{state['stage']:8} epoch {state['epoch']:4}  loss {sum(means.values()):.4f}  validation "
+          f"R@20 {found['recall@20']:.4f}  best {state['recall']:.4f}  {pace:.2f} s/epoch  left "
+          f"{least * pace:.0f} to {most * pace:.0f} s", file=sys.stderr, flush=True)
 
 
 def train_teacher(run: Run) -> Teacher:
     """Stage 1: θ_T and θ_P together. Returns the selected checkpoint, frozen, in eval mode."""
-    config = run.config
-    torch.manual_seed(config.seed)
-    teacher = Teacher(run.dataset, config, run.device)
-    if (run.folder / "teacher.pt").exists():
-        teacher.load_state_dict(run.read("teacher.pt"))
-    else:
-        fit(run, "teacher", teacher, [{"params": list(teacher.parameters()), "lr": config.lr_teacher}], 1,
-            lambda users, lists: teacher_terms(teacher, users, lists), lambda: teacher()[:2])
-        run.write("teacher.pt", teacher.state_dict())
+    torch.manual_seed(run.config.seed)
+    teacher = Teacher(run.dataset, run.config, run.device)
+    groups = [{"params": list(teacher.parameters()), "lr": run.config.lr_teacher}]
+    fit(run, "teacher", teacher, groups, 2,
+        lambda users, lists: teacher_terms(teacher, users, lists), lambda: teacher()[:2])
     return teacher.eval().requires_grad_(False)
 
 
-def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Student:
-    """Stage 2: the student, and the prompt if tuned; θ_T is frozen, its dropout off.
+def tuned(config: Config) -> bool:
+    """Whether stage 2 trains the prompt."""
+    return config.tune_prompt and config.lambda_prompt > 0
 
-    What the prompt cannot change is computed once; with the prompt frozen, that is all of the teacher.
-    No `no_grad` or `detach` stands between θ_P and the losses: its gradient passes *through* the
-    frozen teacher (Sec. 3.1.2, errata C4).
+
+def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple[Tensor, Tensor]:
+    """Stage 2: the student, and the prompt if tuned. Returns E_u^S, E_i^S.
+
+    θ_T is frozen and its dropout off; what no prompt reaches is computed once, and with the prompt
+    frozen that is all of the teacher. Neither `no_grad` nor `detach` stands between θ_P and the
+    losses: gradients reach the prompt *through* the frozen teacher (Sec. 3.1.2, errata C4).
     """
-    config = run.config
-    torch.manual_seed(config.seed)
-    encoded, tuned = None, False
+    config, encoded = run.config, None
+    tune = teacher is not None and tuned(config)
     if teacher:
-        tuned = config.tune_prompt and config.lambda_prompt > 0
         with torch.no_grad():
-            fixed = teacher.fixed()
-            encoded = teacher(fixed)
-    student = Student(run.dataset.train, config, run.device, encoded if config.warm_start else None)
+            encoded = teacher(fixed := teacher.fixed())
+    torch.manual_seed(config.seed)
+    start = encoded if config.warm_start else None
+    student = Student(run.dataset.train, config, run.device, start)
     learner = nn.ModuleDict({"student": student})
     groups = [{"params": list(student.parameters()), "lr": config.lr_student}]
-    if tuned:
+    if tune:
         learner["prompt"] = teacher.prompt.requires_grad_(True)
         groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
 
     def terms(users, lists):
-        told = teacher(fixed) if tuned else encoded
-        return student_terms(student, config, told, users, lists, tuned)
+        told = teacher(fixed) if tune else encoded
+        return student_terms(student, config, told, users, lists)
 
-    fit(run, stage, learner, groups, config.negatives if teacher and config.lambda_list else 1,
-        terms, student)
-    return student.requires_grad_(False)
+    width = 1 + (config.negatives if teacher and config.lambda_list else 1)
+    fit(run, stage, learner, groups, width, terms, student)
+    with torch.no_grad():
+        return student()
 
 
 def pipeline(run: Run, mask: str = "all") -> dict:
-    """Both stages and the final evaluation; writes the artefacts and returns metrics.json's content."""
-    config, dataset = run.config, run.dataset
-    began, embeddings, parameters = time.perf_counter(), {}, {}
-    popularity = torch.from_numpy(np.diff(dataset.train.tocsc().indptr)).float()[:, None].to(run.device)
-    embeddings["mostpop"] = popularity.new_ones(dataset.train.shape[0], 1), popularity
-    teacher = None
+    """Both stages and the final evaluation: writes the artefacts, returns metrics.json's content."""
+    config, train, began, teacher = run.config, run.dataset.train, time.perf_counter(), None
+    popularity = torch.from_numpy(np.diff(train.tocsc().indptr)).float().to(run.device)
+    ranked = {"mostpop": (popularity.new_ones(train.shape[0], 1), popularity[:, None])}
+    sizes = {}
     if config.lambda_pair or config.lambda_list or config.lambda_embed:
         teacher = train_teacher(run)
+        sizes["teacher"] = [sum(p.numel() for p in teacher.parameters()),
+                            sum(x.numel() for x in teacher.features.values())]
         with torch.no_grad():
-            embeddings["teacher"] = teacher()[:2]
-        parameters["teacher"] = count(teacher)
+            ranked["teacher"] = teacher()[:2]
         if config.alone:
-            embeddings["alone"] = student_alone(run)
-    student = train_student(run, "student", teacher)
-    embeddings["student"] = student()
-    parameters["student"] = count(student)
-    write_student(run, "student.npz", *embeddings["student"])
-    if teacher and teacher.prompt.linear.weight.requires_grad:
-        run.write("prompt.pt", teacher.prompt.state_dict())
+            ranked["alone"] = train_student(run, "alone")  # the student without a teacher: LightGCN
+    user, item = ranked["student"] = train_student(run, "student", teacher)
+    sizes["student"] = [user.numel() + item.numel(), 0]
+    arrays = {"user": user.cpu().numpy(), "item": item.cpu().numpy(),
+              "seen_indptr": train.indptr, "seen_indices": train.indices}
+    write(run.folder / "student.npz", lambda stream: np.savez(stream, **arrays))
+    if teacher and tuned(config):
+        prompt = teacher.prompt.state_dict()
+        write(run.folder / "prompt.pt", lambda stream: torch.save(prompt, stream))
         with torch.no_grad():
-            embeddings["teacher_tuned"] = teacher()[:2]
-    result = {split: {name: run.measure(*pair, key, mask) for name, pair in embeddings.items()}
-              for split, key in (("validation", "val"), ("test", "test"))}
-    seconds = {row["stage"]: row["seconds"] for row in run.rows}
-    result |= {
-        "parameters": parameters,
-        "seconds": {**seconds, "this_session": round(time.perf_counter() - began, 3)},
+            ranked["teacher_tuned"] = teacher()[:2]
+    metrics = {name: {model: run.measure(pair, split, mask) for model, pair in ranked.items()}
+               for name, split in (("validation", "val"), ("test", "test"))}
+    cuda = run.device.type == "cuda"
+    metrics |= {
+        "parameters": {m: {"trainable": a, "buffers": b} for m, (a, b) in sizes.items()},
+        "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]}
+        | {"this_session": time.perf_counter() - began},
         "exclude": "train + val" if mask == "all" else "train",
-        "device": device_name(run.device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__, "scipy": scipy.__version__},
+        "device": torch.cuda.get_device_name(run.device) if cuda else "cpu",
+        "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)},
     }
-    with whole(run.folder / "metrics.json") as stream:
-        stream.write(json.dumps(result, indent=1).encode())
-    (run.folder / "state.pt").unlink(missing_ok=True)
-    return result
-
-
-def student_alone(run: Run) -> tuple[Tensor, Tensor]:
-    """The student without a teacher (= LightGCN), from the same start and the same triplets."""
-    file = run.folder / "alone.npz"
-    if not file.exists():
-        write_student(run, file.name, *train_student(run, "alone")())
-    with np.load(file) as saved:
-        return tuple(torch.from_numpy(saved[name]).to(run.device) for name in ("user", "item"))
-
-
-def write_student(run: Run, name: str, user: Tensor, item: Tensor) -> None:
-    """All that serving needs; numpy alone reads it."""
-    seen = run.dataset.train
-    with whole(run.folder / name) as stream:
-        np.savez(stream, user=user.cpu().numpy(), item=item.cpu().numpy(),
-                 seen_indptr=seen.indptr, seen_indices=seen.indices)
-
-
-def count(model: Teacher | Student) -> dict[str, int]:
-    """Numbers that training learns, and numbers of frozen features that the model must carry."""
-    return {"trainable": sum(p.numel() for p in model.parameters()),
-            "buffers": sum(x.numel() for x in getattr(model, "features", {}).values())}
+    write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
+    for name in WORKING_FILES:
+        (run.folder / name).unlink(missing_ok=True)
+    return metrics
 
 
 # ---------------------------------------------------------------- command line
 
 
-def ladder(metrics: dict) -> str:
-    """The table that a run prints: what each step of the ladder costs and reaches on test."""
-    rows = (("mostpop", "MostPop"), ("alone", "student alone"), ("teacher", "teacher"),
-            ("student", "student, distilled" if "teacher" in metrics["test"] else "student alone"),
-            ("teacher_tuned", "teacher, tuned prompt"))
-    lines = [f"{'test, unseen: ' + metrics['exclude']:24}{'Recall@20':>10}{'NDCG@20':>10}"
-             f"{'trainable':>12}{'features':>12}"]
-    for key, name in rows:
-        if key in metrics["test"]:
-            figures = metrics["test"][key]
-            size = metrics["parameters"].get({"alone": "student", "teacher_tuned": "teacher"}.get(key, key))
-            size = f"{size['trainable']:12,}{size['buffers']:12,}" if size else ""
-            lines.append(f"{name:24}{figures['recall@20']:10.4f}{figures['ndcg@20']:10.4f}{size}")
-    return "\n".join(lines)
-
-
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, else the CPU; anything else as asked, or DataError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: not available here, expected cpu"
-                        + (" or cuda" if torch.cuda.is_available() else "")) from error
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Equal for equal data, whatever the folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for matrix in (dataset.train, dataset.val, dataset.test):
-        digest.update(repr(matrix.shape).encode())
-        digest.update(matrix.indptr.astype(np.int64).tobytes() + matrix.indices.astype(np.int64).tobytes())
-    for m, x in dataset.features.items():
-        digest.update(m.encode() + x.tobytes())
-    return digest.hexdigest()
-
-
-def _number_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    """auto: CUDA where there is one, else the CPU; otherwise as asked, or DataError."""
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    device = {"auto": here[0], "cuda": "cuda:0"}.get(name, name)
+    if device not in here:
+        raise DataError(f"--device: expected auto or one of {', '.join(here)}, found {name}")
+    return torch.device(device)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="promptmm.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                    epilog="also: promptmm.py recommend --run DIR --user N [--k 10] [--ids ids.json]")
-    parser.add_argument("--data", help="dataset folder, see data.py (default: the embedded dataset)")
-    parser.add_argument("--modalities", default="", help="comma-separated, default all that are there")
-    parser.add_argument("--out", type=Path, help="run folder (default runs/<dataset name>)")
-    parser.add_argument("--preset", choices=PRESETS, help="settings for a dataset, before other flags")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+                    epilog="Also: promptmm.py recommend --help; data.py --help.")
+    parser.add_argument("--data", help="dataset folder (default: the embedded dataset)")
+    parser.add_argument("--modalities", default="", help="comma-separated (default: all there are)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<dataset name>)")
+    parser.add_argument("--preset", choices=PRESETS, help="settings that other flags may override")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--mask", choices=("all", "train"), default="all",
-                        help="no candidates at test: train + val (all) or train only (default all)")
-    parser.add_argument("--student-only", action="store_true", help="no teacher: the student is LightGCN")
-    parser.add_argument("--quick", action="store_true", help="two epochs a stage: a smoke test")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--force", action="store_true", help="replace an existing run")
+                        help="no candidates at test: train and validation (all), or train only")
+    for flag, meaning in (("--student-only", "no teacher: LightGCN"), ("--force", "replace a run"),
+                          ("--quick", "two epochs a stage: a smoke test"),
+                          ("--resume", "go on with an interrupted run")):
+        parser.add_argument(flag, action="store_true", help=meaning)
     for one in fields(Config):
-        kind = {bool: None, float | str: _number_or_word}.get(one.type, one.type)
-        how = {"type": kind} if kind else {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + one.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=one.metadata["help"].replace("%", "%%"), **how)
+        kind = one.type if one.type in (int, float, str) else lambda t: t if t.isalpha() else float(t)
+        how = {"action": argparse.BooleanOptionalAction} if one.type is bool else {"type": kind}
+        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
+                            help=f"{one.metadata['help']} (default: {one.default})")
     return parser
 
 
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
-    stored = {}
-    if args.resume and args.out:
-        stored = _stored(args.out)
-        args.data = args.data or stored["data"]
-    device = pick_device(args.device)
-    dataset = load(args.data, modalities=args.modalities) if args.data else synthetic()
-    folder = args.out or Path("runs") / dataset.name
+    name = Path(args.data).resolve().name if args.data else "synthetic"
+    folder, stored = args.out or Path("runs") / name, {}
     if args.resume:
-        stored = stored or _stored(folder)
-    elif folder.exists() and not args.force and any(folder.iterdir()):
-        raise DataError(f"{folder}: exists, expected a new folder, --resume or --force")
-    flags = {one.name: getattr(args, one.name) for one in fields(Config) if hasattr(args, one.name)}
-    chosen = PRESETS[args.preset or ("synthetic" if not args.data else "default")]
+        stored = json.loads((folder / "config.json").read_text())
+    elif folder.exists() and not args.force and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: exists; expected a new folder, --resume or --force")
+    source, device = args.data or stored.get("data"), pick_device(args.device)
+    preset = PRESETS.get(args.preset or (None if source else "synthetic"), {})
+    settings = {**preset, **{one.name: stored[one.name] for one in fields(Config) if stored}}
+    settings |= {one.name: getattr(args, one.name) for one in fields(Config) if one.name in args}
     if args.student_only:
-        flags |= {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0, "alone": False}
+        settings |= {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}
     if args.quick:
-        flags |= {"epochs": 2, "eval_every": 1}
+        settings |= {"epochs": 2, "eval_every": 1}
     try:
-        config = Config(**({**stored["config"]} if stored else chosen) | flags)
+        config = Config(**settings)
     except ValueError as error:
-        raise DataError(f"--{str(error).replace('_', '-')}") from None
-    facts = {"data": args.data and str(Path(args.data).resolve()), "fingerprint": fingerprint(dataset),
-             "device": device.type, "threads": torch.get_num_threads(), "config": asdict(config)}
-    for name, value in facts.items():
-        if stored and stored[name] != value and name != "data":
-            raise DataError(f"{folder}: cannot resume, {name} was {_difference(stored[name], value)}")
-    if not stored:
-        for name in Run.FILES:
-            (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "config.json") as stream:
-            stream.write(json.dumps(facts, indent=1).encode())
-    return Run(folder, dataset, config, device)
-
-
-def _stored(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: expected a run to resume, with its config.json ({error})") from None
-
-
-def _difference(was, now) -> str:
-    if isinstance(was, dict):
-        name = next(name for name in was if was[name] != now.get(name))
-        was, now = f"{name} = {was[name]}", now.get(name)
-    return f"{was}, found {now}"
+        raise DataError(f"--{error}") from None
+    dataset = load(source, modalities=args.modalities) if source else synthetic()
+    facts = {"fingerprint": fingerprint(dataset), "device": str(device), "mask": args.mask,
+             "threads": torch.get_num_threads(), **vars(config)}
+    for key in (key for key in facts if stored and facts[key] != stored[key]):
+        raise DataError(f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in () if stored else FILES + WORKING_FILES:
+        (folder / name).unlink(missing_ok=True)
+    facts["data"] = source and str(Path(source).resolve())
+    write(folder / "config.json", json.dumps(facts, indent=1))
+    file = folder / "state.pt"
+    state = torch.load(file, device, weights_only=True) if file.exists() else {}
+    return Run(folder, dataset, config, device, state)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -835,48 +682,37 @@ def main(argv: list[str] | None = None) -> int:
             return _recommend(argv[1:])
         args = _parser().parse_args(argv)
         run = _start(args)
-        finished = run.folder / "metrics.json"
-        if finished.exists():
-            metrics = json.loads(finished.read_text())
-        else:
-            torch.use_deterministic_algorithms(run.device.type == "cpu")
-            torch.utils.deterministic.fill_uninitialized_memory = False
-            metrics = pipeline(run, args.mask)
-        print(f"{ladder(metrics)}\n{run.folder}: {', '.join(sorted(f.name for f in run.folder.iterdir()))}")
-    except (DataError, OSError) as error:
+        torch.use_deterministic_algorithms(run.device.type == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # or each `empty` costs a fill
+        done = run.folder / "metrics.json"
+        metrics = json.loads(done.read_text()) if done.exists() else pipeline(run, args.mask)
+        print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
+    except (DataError, OSError, NonFinite) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, NonFinite) else 2
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
+        print("interrupted; --resume goes on after the last finished epoch", file=sys.stderr)
         return 130
     return 0
 
 
 def _recommend(argv: list[str]) -> int:
-    parser = Parser(prog="promptmm.py recommend", description="one user's list from student.npz alone")
+    parser = Parser(prog="promptmm.py recommend", description="A user's list, from student.npz alone.")
     parser.add_argument("--run", type=Path, required=True, help="run folder")
-    parser.add_argument("--user", required=True, help="user index, or id with --ids")
-    parser.add_argument("--k", type=int, default=10, help="length of the list (default 10)")
-    parser.add_argument("--ids", type=Path, help="ids.json of data.py convert: speak in one's own ids")
+    parser.add_argument("--user", required=True, help="user index; with --ids, your own id")
+    parser.add_argument("--k", type=int, default=10, help="length of the list (default: 10)")
+    parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: speak in your ids")
     args = parser.parse_args(argv)
-    if args.k < 1:
-        raise DataError(f"--k: expected at least 1, found {args.k}")
-    file = args.run / "student.npz"
-    if not file.is_file():
-        raise DataError(f"{file}: expected the artefact of a finished run, found none")
-    with np.load(file) as saved:
-        user, item, indptr, indices = (saved[n] for n in ("user", "item", "seen_indptr", "seen_indices"))
-    ids = json.loads(args.ids.read_text()) if args.ids else None
-    users = {name: i for i, name in enumerate(ids["users"] if ids else map(str, range(len(user))))}
-    if args.user not in users:
-        raise DataError(f"--user: expected {'an id of ' + str(args.ids) if ids else f'0 to {len(user) - 1}'}, "
-                        f"found {args.user}")
-    row = users[args.user]
-    for i, score in recommend(user[row], item, indices[indptr[row] : indptr[row + 1]], args.k):
-        print(f"{ids['items'][i] if ids else i}\t{score:.4f}")
+    with np.load(args.run / "student.npz") as saved:
+        user, item, start, seen = (saved[n] for n in ("user", "item", "seen_indptr", "seen_indices"))
+    ids = json.loads(args.ids.read_text()) if args.ids else {"items": range(len(item))}
+    names = ids.get("users", [str(u) for u in range(len(user))])
+    if args.user not in names or args.k < 1:
+        raise DataError(f"expected --user {names[0]} … {names[-1]} and --k 1 or more, found {args.user} "
+                        f"and {args.k}")
+    u = names.index(args.user)
+    for i, score in recommend(user[u], item, seen[start[u] : start[u + 1]], args.k):
+        print(f"{ids['items'][i]}\t{score:.4f}")
     return 0
 
 
