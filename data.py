@@ -16,7 +16,6 @@ import json
 import pickle
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +25,21 @@ from scipy import sparse
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
-LAYOUTS = {  # by the files of each split; MMRec's single <name>.inter comes after these
-    "native": [("train.npz",), ("val.npz",), ("test.npz",)],
-    "DiffMM": [("trnMat.pkl",), ("valMat.pkl",), ("tstMat.pkl",)],
-    "MMSSL / PromptMM": [(f"{split}_mat", f"{split}.json") for split in SPLITS],
+LAYOUTS = {  # the files of each split, the first that is there; MMRec's <name>.inter comes last
+    "native": [["train.npz"], ["val.npz"], ["test.npz"]],
+    "DiffMM": [["trnMat.pkl"], ["valMat.pkl"], ["tstMat.pkl"]],
+    "MMSSL / PromptMM": [[f"{split}_mat", f"{split}.json"] for split in SPLITS],
 }
-LAYOUT_HELP = (
-    "native (train.npz val.npz test.npz), DiffMM (trnMat.pkl valMat.pkl tstMat.pkl), "
-    "MMSSL / PromptMM ({train,val,test}.json or train_mat val_mat test_mat), MMRec (<name>.inter)"
-)
 
 
 class DataError(ValueError):
     """What a dataset has and what was expected, in one line."""
+
+
+def need(holds, message: str) -> None:
+    """Refuse, in that one line, what does not hold."""
+    if not holds:
+        raise DataError(message)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
     warnings. Raises DataError on anything that cannot be used.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: expected a dataset folder, found none")
+    need(folder.is_dir(), f"{folder}: expected a dataset folder, found none")
     layout, files = _layout(folder)
     print(f"{folder}: {layout} layout", file=sys.stderr)
     features = _features(folder, modalities)
@@ -82,17 +82,15 @@ def _warn(message: str) -> None:
 def _layout(folder: Path) -> tuple[str, dict[str, Path]]:
     """The first layout of which a file is there, and the file of each split."""
     for layout, splits in LAYOUTS.items():
-        found = [[folder / n for n in names if (folder / n).is_file()] for names in splits]
-        for split, names, files in zip(SPLITS, splits, found, strict=True):
-            if any(found) and not files:
-                raise DataError(f"{folder}: {layout} layout without its {split} split, expected "
-                                + " or ".join(names))
+        found = [[folder / n for n in names if (folder / n).is_file()][:1] for names in splits]
         if any(found):
-            return layout, dict(zip(SPLITS, (files[0] for files in found), strict=True))
+            for names, files in zip(splits, found, strict=True):
+                need(files, f"{folder}: {layout} layout, expected also {' or '.join(names)}")
+            return layout, {split: file for split, [file] in zip(SPLITS, found, strict=True)}
     inter = sorted(folder.glob("*.inter"))
-    if len(inter) != 1:
-        raise DataError(f"{folder}: no recognised layout, found {len(inter)} .inter files and no "
-                        f"other; expected one of {LAYOUT_HELP}")
+    known = ", ".join(f"{layout} ({names[0][0]} …)" for layout, names in LAYOUTS.items())
+    need(len(inter) == 1, f"{folder}: no recognised layout, expected {known} or MMRec (one "
+                          f"<name>.inter, found {len(inter)})")
     return "MMRec", dict.fromkeys(SPLITS, inter[0])
 
 
@@ -109,12 +107,11 @@ def _reading(file: Path):
 
 def _features(folder: Path, modalities: str) -> dict[str, np.ndarray]:
     files = {f.name.removesuffix("_feat.npy"): f for f in sorted(folder.glob("*_feat.npy"))}
-    if not files:
-        raise DataError(f"{folder}: no feature file, expected <modality>_feat.npy, such as "
-                        "image_feat.npy, text_feat.npy or audio_feat.npy")
+    need(files, f"{folder}: no feature file, expected <modality>_feat.npy, such as image_feat.npy, "
+                "text_feat.npy or audio_feat.npy")
     wanted = [m.strip() for m in modalities.split(",")] if modalities else list(files)
-    if unknown := [m for m in wanted if m not in files]:
-        raise DataError(f"{folder}: unknown modality {unknown[0]!r}, expected {', '.join(files)}")
+    for m in wanted:
+        need(m in files, f"{folder}: unknown modality {m!r}, expected among {', '.join(files)}")
     return {m: read_features(files[m]) for m in wanted}
 
 
@@ -122,9 +119,9 @@ def read_features(file: Path) -> np.ndarray:
     """One modality's array [I, d_m] as float32; DataError if it is no such array."""
     with _reading(file):
         array = np.load(file, allow_pickle=False)
-        if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "fiu" or 0 in array.shape:
-            found = f"{getattr(array, 'shape', 'an archive')} {getattr(array, 'dtype', '')}"
-            raise DataError(f"expected a 2-d array of numbers [items, d_m], found {found}")
+        need(isinstance(array, np.ndarray), "expected an array, found an archive")
+        need(array.ndim == 2 and array.dtype.kind in "fiu" and array.size,
+             f"expected numbers [items, d_m], found {array.dtype} {list(array.shape)}")
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, dtype=np.float32)
 
@@ -144,23 +141,23 @@ class _MatrixUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise DataError(f"refused: it asks for {module}.{name}, expected a scipy sparse matrix")
+        need((module, name) in self.ALLOWED,
+             f"refused: it asks for {module}.{name}, expected a scipy sparse matrix")
         return self.ALLOWED[module, name]
 
 
 def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
-    """Users and items of one split's interactions, and the matrix shape if the file stores one."""
+    """Users and items of a split's interactions, and the matrix shape if the file stores one."""
     with _reading(file):
         if file.suffix == ".json":
             return *_read_json(file), None
         if file.suffix == ".inter":
             return *_read_inter(file, label), None
         with open(file, "rb") as stream:
-            npz = file.suffix == ".npz"
-            matrix = sparse.load_npz(stream) if npz else _MatrixUnpickler(stream).load()
-        if not sparse.issparse(matrix) or matrix.ndim != 2:
-            raise DataError(f"expected a scipy sparse matrix [U, I], found {type(matrix).__name__}")
+            pickled = file.suffix != ".npz"
+            matrix = _MatrixUnpickler(stream).load() if pickled else sparse.load_npz(stream)
+        need(sparse.issparse(matrix) and matrix.ndim == 2,
+             f"expected a scipy sparse matrix [U, I], found {type(matrix).__name__}")
         if matrix.format in ("csr", "csc"):
             matrix.check_format(full_check=True)  # a corrupt index pointer would crash tocoo
         coo = matrix.tocoo()
@@ -170,12 +167,11 @@ def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, in
 
 def _read_json(file: Path) -> tuple[np.ndarray, np.ndarray]:
     lists = json.loads(file.read_text())
-    if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
-        raise DataError(f"expected {{user: [items]}}, found another {type(lists).__name__}")
+    need(isinstance(lists, dict) and all(isinstance(items, list) for items in lists.values()),
+         f"expected {{user: [items]}}, found another {type(lists).__name__}")
     users = [int(user) for user, items in lists.items() for _ in items]
     items = [item for items in lists.values() for item in items]
-    if strange := [item for item in items if type(item) is not int]:
-        raise DataError(f"expected integer item ids, found {strange[0]!r}")
+    need({type(item) for item in items} <= {int}, "expected integer item ids, found others")
     return np.array(users, np.int64), np.array(items, np.int64)
 
 
@@ -183,29 +179,26 @@ def _read_inter(file: Path, label: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = ("userID", "itemID", "x_label")
     with open(file) as stream:
         header = stream.readline().rstrip("\r\n").split("\t")
-        if missing := [column for column in wanted if column not in header]:
-            raise DataError(f"header without {missing[0]}, expected tab-separated "
-                            f"{', '.join(wanted)}, found {header}")
+        need(set(wanted) <= set(header), f"expected tab-separated columns {wanted}, found {header}")
         table = np.loadtxt(stream, np.int64, delimiter="\t", ndmin=2,
                            usecols=[header.index(column) for column in wanted])
-    if not np.isin(table[:, 2], (0, 1, 2)).all():
-        raise DataError("expected x_label 0, 1 or 2, found others")
+    need(np.isin(table[:, 2], (0, 1, 2)).all(), "expected x_label 0, 1 or 2, found others")
     return tuple(table[table[:, 2] == label, :2].T)
 
 
 def _matrices(files: dict, cells: dict, n_items: int) -> dict[str, sparse.csr_matrix]:
     """0/1 matrices of one shape: the stored one, else the largest user id + 1 by feature rows."""
     shapes = {split: shape for split, (_, _, shape) in cells.items() if shape}
-    if len(set(shapes.values())) > 1:
-        raise DataError(f"{files['train'].parent}: expected splits of one shape, found {shapes}")
+    need(len(set(shapes.values())) <= 1,
+         f"{files['train'].parent}: expected splits of one shape, found {shapes}")
     n_users = 1 + max((users.max() for users, *_ in cells.values() if len(users)), default=-1)
     shape = next(iter(shapes.values()), (int(n_users), n_items))
     matrices = {}
     for split, (users, items, _) in cells.items():
         for kind, ids, limit in (("user", users, shape[0]), ("item", items, shape[1])):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
-                raise DataError(f"{files[split]}: expected {kind} ids 0 to {limit - 1} in {split}, "
-                                f"found {ids.min()} to {ids.max()}")
+            low, high = ids.min(initial=0), ids.max(initial=0)
+            need(0 <= low and high < max(limit, 1),
+                 f"{files[split]}: expected {kind} ids 0 to {limit - 1}, found {low} to {high}")
         matrix = sparse.csr_matrix((np.ones(len(users), np.float32), (users, items)), shape)
         if merged := len(users) - matrix.nnz:
             _warn(f"{files[split]}: {merged} duplicate interactions in {split}, merged")
@@ -220,35 +213,29 @@ def _matrices(files: dict, cells: dict, n_items: int) -> dict[str, sparse.csr_ma
 def validate(dataset: Dataset, where: str = "") -> list[str]:
     """Raise DataError if the dataset cannot be trained or judged on; return warnings otherwise."""
     where, train, shape = where or dataset.name, dataset.train, dataset.train.shape
-    interacted = np.diff(train.indptr)
-    held_out = {split: getattr(dataset, split) for split in ("val", "test")}
-    refusals = [(f"expected splits of one shape, found train {shape} and {split} {matrix.shape}",
-                 matrix.shape != shape) for split, matrix in held_out.items()]
-    refusals += [(f"empty {split} split, expected at least one interaction", not matrix.nnz)
-                 for split, matrix in {"train": train, **held_out}.items()]
-    refusals += [(f"expected disjoint splits, found {n} interactions in both {one} and {two}", n)
-                 for one, two, n in _overlaps(dataset)]
-    full = (interacted == shape[1]).sum()
-    refusals += [(f"expected negatives for every user, found {full} users with every item", full),
-                 ("no features, expected at least one modality", not dataset.features)]
-    warnings = []
+    idle, warnings = np.diff(train.indptr) == 0, []
+    for split in SPLITS:
+        matrix = getattr(dataset, split)
+        need(matrix.shape == shape,
+             f"{where}: expected splits of shape {shape}, found {split} of {matrix.shape}")
+        need(matrix.nnz, f"{where}: empty {split} split, expected at least one interaction")
+        if cold := (idle & (np.diff(matrix.indptr) > 0)).sum():
+            warnings.append(f"{where}: {cold} {split} users have no training item")
+    for one, two, both in _overlaps(dataset):
+        need(not both, f"{where}: expected disjoint splits, found {both} cells in {one} and {two}")
+    full = (np.diff(train.indptr) == shape[1]).sum()
+    need(not full, f"{where}: expected a negative for every user, {full} users have every item")
+    need(dataset.features, f"{where}: expected at least one modality, found no features")
     for m, x in dataset.features.items():
-        if x.ndim != 2 or len(x) != shape[1]:
-            raise DataError(f"{where}: {m}_feat.npy: expected {shape[1]} rows, one an item, "
-                            f"found shape {x.shape}")
+        file = f"{where}: {m}_feat.npy"
+        need(x.ndim == 2 and len(x) == shape[1],
+             f"{file}: expected {shape[1]} rows, one an item, found shape {x.shape}")
         broken = len(x) - np.isfinite(x).all(1).sum()
-        refusals.append((f"{m}_feat.npy: expected finite float32 numbers, found NaN or infinity in "
-                         f"{broken} of {len(x)} rows", broken))
+        need(not broken, f"{file}: expected finite float32, found NaN or infinity in {broken} rows")
         twins = [two for two, y in dataset.features.items() if two < m and np.array_equal(x, y)]
-        warnings += [f"{m}_feat.npy and {two}_feat.npy hold the same array" for two in twins]
-        warnings += [] if x.any() else [f"{m}_feat.npy is zero throughout"]
-    for message, wrong in refusals:
-        if wrong:
-            raise DataError(f"{where}: {message}")
-    for split, matrix in held_out.items():
-        if cold := ((interacted == 0) & (np.diff(matrix.indptr) > 0)).sum():
-            warnings.append(f"{cold} {split} users have no training item")
-    return [f"{where}: {warning}" for warning in warnings]
+        warnings += [f"{file} holds the same array as {two}_feat.npy" for two in twins]
+        warnings += [] if x.any() else [f"{file} is zero throughout"]
+    return warnings
 
 
 def _overlaps(dataset: Dataset) -> list[tuple[str, str, int]]:
@@ -289,7 +276,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def write(path: Path, content) -> None:
-    """Write a file that appears complete or not at all; content: text, or a function of the stream."""
+    """A file that appears whole or not at all; content: text, or a function of the open file."""
     draft = path.with_name(path.name + ".tmp")
     try:
         with open(draft, "wb") as stream:
@@ -299,21 +286,32 @@ def write(path: Path, content) -> None:
         draft.unlink(missing_ok=True)
 
 
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Rows as CSV, whole; the columns are those of all rows, empty where a row lacks one."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
+    write(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+def is_new(folder: Path) -> bool:
+    """Nothing is there that writing would mix with."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def save(dataset: Dataset, path: str | Path, ids: dict | None = None) -> None:
     """Write the native layout to a new folder, whole or not at all; `ids` becomes ids.json."""
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: exists, expected a new or empty folder to write to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    need(is_new(folder), f"{folder}: exists, expected a new or empty folder to write to")
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     try:
-        draft.chmod(0o755)  # mkdtemp makes it private
         for split in SPLITS:
             sparse.save_npz(draft / f"{split}.npz", getattr(dataset, split))
         for m, x in dataset.features.items():
             np.save(draft / f"{m}_feat.npy", x)
         if ids:
-            (draft / "ids.json").write_text(json.dumps(ids))
+            write(draft / "ids.json", json.dumps(ids))
         draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -348,24 +346,21 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
         header = [name.strip().lower().replace("_", "") for name in next(rows, [])]
         columns = [i for kind in ("user", "item") for i, name in enumerate(header)
                    if name in (kind, kind + "id")]
-        if len(columns) != 2:
-            raise DataError(f"expected a header with user (or user_id) and item, found {header}")
+        need(len(columns) == 2, f"expected columns user (or user_id) and item, found {header}")
         pairs = [tuple(row[i].strip() for i in columns) for row in rows if row]
     arrays = {m: read_features(file) for m, file in features.items()}
-    if not arrays or not pairs:
-        raise DataError(f"{log}: expected interactions and --features MODALITY=FILE.npy, found "
-                        f"{len(pairs)} and {len(arrays)}")
+    need(arrays and pairs, f"{log}: expected interactions and --features MODALITY=FILE.npy, found "
+                           f"{len(pairs)} and {len(arrays)}")
     n_items = len(next(iter(arrays.values())))
     with _reading(items or log):
         names = items.read_text().split("\n") if items else map(str, range(n_items))
     names = [name.strip() for name in names if name.strip()]
-    if len(names) != n_items or len(set(names)) != n_items:
-        raise DataError(f"{items}: expected {n_items} different ids, one a feature row, found "
-                        f"{len(names)}, {len(set(names))} of them different")
+    need(len(names) == len(set(names)) == n_items, f"{items}: expected {n_items} ids, one a feature "
+         f"row, found {len(names)}, {len(set(names))} of them different")
     column = {name: i for i, name in enumerate(names)}
-    if strange := {item for _, item in pairs if item not in column}:
-        raise DataError(f"{log}: expected items from {items or 'the range of the feature rows'}, "
-                        f"found {len(strange)} others, such as {min(strange)!r}")
+    strange = sorted({item for _, item in pairs if item not in column})
+    need(not strange, f"{log}: expected items of {items or 'the feature rows, 0 on'}, found "
+                      f"{len(strange)} others, such as {strange[:3]}")
     row = {name: i for i, name in enumerate(dict.fromkeys(user for user, _ in pairs))}
     cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)
     if len(cells) < len(pairs):
@@ -386,13 +381,8 @@ def _labelled(cells: np.ndarray, label: np.ndarray, shape) -> dict[str, sparse.c
 
 
 def synthetic(
-    seed: int = 0,
-    users: int = 1500,
-    items: int = 1000,
-    interactions: int = 24_000,
-    dims: dict[str, int] | None = None,
-    unexplained: float = 0.2,
-    unseen: float = 0.03,
+    seed: int = 0, users: int = 1500, items: int = 1000, interactions: int = 24_000,
+    dims: dict[str, int] | None = None, unexplained: float = 0.2, unseen: float = 0.03,
 ) -> Dataset:
     """A generated catalogue in which the paper's claims hold *because they were planted*.
 
@@ -407,18 +397,16 @@ def synthetic(
     The same seed and sizes give the same dataset.
     """
     rng = np.random.default_rng(seed)
-    dims = {"visual": 512, "text": 384, "acoustic": 128} if dims is None else dims
     planted = {"visual": (1.0, 0.5, 30.0), "text": (1.0, 0.5, 0.3), "acoustic": (0.5, 8.0, 3.0)}
     factors, taste, features = [], [], {}
-    for m, d_m in dims.items():
+    for m, d_m in (dims or {"visual": 512, "text": 384, "acoustic": 128}).items():
         weight, noise, scale = planted.get(m, (1.0, 0.5, 1.0))
         z = rng.standard_normal((items, 6), np.float32)
         distractors = 1.5 * rng.standard_normal((items, 24), np.float32)
-        mixing = rng.standard_normal((30, d_m), np.float32) / np.sqrt(d_m)
-        x = np.hstack([z, distractors]) @ mixing
-        x += noise / np.sqrt(d_m) * rng.standard_normal((items, d_m), np.float32)
-        x += rng.standard_normal(d_m, np.float32) / np.sqrt(d_m)  # not centred
-        features[m] = (scale * x).astype(np.float32)
+        x = np.hstack([z, distractors]) @ rng.standard_normal((30, d_m), np.float32)
+        x += noise * rng.standard_normal((items, d_m), np.float32)
+        x += rng.standard_normal(d_m, np.float32)  # not centred
+        features[m] = x * np.float32(scale / np.sqrt(d_m))
         factors.append(z)
         taste.append(weight * rng.standard_normal((users, 6), np.float32))
     popularity = -0.6 * np.log(1 + rng.permutation(items)).astype(np.float32)
@@ -426,8 +414,7 @@ def synthetic(
     activity = np.minimum(activity, items // 2)
     cells = _choose(np.hstack(taste), np.hstack(factors), popularity, activity, unexplained, rng)
     label = split_interactions(cells[:, 0], rng)
-    never = rng.random(items) < unseen
-    moved = never[cells[:, 1]] & (label == 0)
+    moved = (rng.random(items) < unseen)[cells[:, 1]] & (label == 0)
     label[moved] = rng.integers(1, 3, moved.sum())
     return Dataset("synthetic", **_labelled(cells, label, (users, items)), features=features)
 
@@ -442,24 +429,19 @@ def _choose(taste, factors, popularity, activity, unexplained, rng, chunk=1024) 
     for start in range(0, len(taste), chunk):
         rows = slice(start, start + chunk)
         by_taste = taste[rows] @ factors.T * 0.8 + popularity  # [chunk, I]
-        by_taste -= np.log(rng.standard_exponential(by_taste.shape, np.float32))
-        by_popularity = popularity - np.log(rng.standard_exponential(by_taste.shape, np.float32))
+        noise = -np.log(rng.standard_exponential((2, *by_taste.shape), np.float32) + np.float32(1e-30))
         count = activity[rows]
         explained = count - rng.binomial(count, unexplained)
-        first = _largest(by_taste, explained)
-        by_popularity[first] = -np.inf
-        for user, item in (first, _largest(by_popularity, count - explained)):
-            cells.append(np.column_stack([user + start, item]))
+        chosen = _largest(by_taste + noise[0], explained)
+        rest = np.where(chosen, -np.inf, popularity + noise[1])
+        user, item = np.nonzero(chosen | _largest(rest, count - explained))
+        cells.append(np.column_stack([user + start, item]))
     return np.concatenate(cells)
 
 
-def _largest(keys: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the count[r] largest keys of each row r."""
-    most = min(max(1, count.max()), keys.shape[1] - 1)
-    best = np.argpartition(-keys, most, axis=1)[:, :most]
-    best = np.take_along_axis(best, np.argsort(-np.take_along_axis(keys, best, 1), axis=1), 1)
-    row, rank = np.nonzero(np.arange(most) < count[:, None])
-    return row, best[row, rank]
+def _largest(keys: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Which are the count[r] < I largest keys of row r: bool [r, I]."""
+    return keys > -np.sort(-keys, axis=1)[np.arange(len(keys)), count][:, None]
 
 
 # ---------------------------------------------------------------- sampling
@@ -504,6 +486,14 @@ class Sampler:
 # ---------------------------------------------------------------- command line
 
 
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA where there is one, else the CPU; otherwise as asked, or DataError."""
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    device = {"auto": here[0], "cuda": "cuda:0"}.get(name, name)
+    need(device in here, f"--device: expected auto or one of {', '.join(here)}, found {name}")
+    return torch.device(device)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, raised rather than printed."""
 
@@ -537,18 +527,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if len(args.paths) != (1 if args.interactions else 2):
-        raise DataError(f"expected SRC OUT, or OUT with --interactions, found {args.paths}")
+    *source, out = args.paths
+    need(len(source) == (not args.interactions),
+         f"expected SRC OUT, or OUT with --interactions, found {args.paths}")
     if args.interactions:
         files = {m: Path(file) for m, _, file in (pair.partition("=") for pair in args.features)}
         dataset, ids = from_log(args.interactions, files, args.items, args.seed)
         for warning in validate(dataset, str(args.interactions)):
             _warn(warning)
     else:
-        dataset, ids = load(args.paths[0]), None
-    save(dataset, args.paths[-1], ids)
-    print(f"{args.paths[-1]}: {dataset.train.shape[0]} users, {dataset.train.shape[1]} items, "
-          f"{', '.join(dataset.features)}")
+        dataset, ids = load(source[0]), None
+    save(dataset, out, ids)
+    print(f"{out}: {' x '.join(map(str, dataset.train.shape))}, {', '.join(dataset.features)}")
 
 
 if __name__ == "__main__":

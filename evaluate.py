@@ -37,14 +37,8 @@ def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor
     return tuple(torch.from_numpy(ids).long().to(device) for ids in (rows.row, rows.col))
 
 
-def evaluate(
-    user: Tensor,
-    item: Tensor,
-    target: sparse.csr_matrix,
-    exclude: sparse.csr_matrix,
-    ks: tuple[int, ...] = (20, 50),
-    per_user: bool = False,
-) -> dict:
+def evaluate(user: Tensor, item: Tensor, target: sparse.csr_matrix, exclude: sparse.csr_matrix,
+             ks: tuple[int, ...] = (20, 50), per_user: bool = False) -> dict:
     """Rank all items for every user who has a target, and average the metrics over those users.
 
     user [U, d], item [I, d] on any device; target, exclude [U, I] scipy CSR. Returns, for each K:
@@ -129,13 +123,10 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10
     means = rng.multinomial(a.size, count / a.size, size=resamples) @ value / a.size
     low, high = np.quantile(means, [0.025, 0.975])
     one_sided = min((means <= 0).mean(), (means >= 0).mean())
-    return {
-        "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
-        "p_bootstrap": float(min(1.0, max(2 * one_sided, 1 / resamples))),
-        "p_wilcoxon": float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
-    }
+    wilcoxon = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
+    return {"difference": float(difference.mean()), "low": float(low), "high": float(high),
+            "p_bootstrap": float(np.clip(2 * one_sided, 1 / resamples, 1)),
+            "p_wilcoxon": float(wilcoxon)}
 
 
 def recommend(user: np.ndarray, item: np.ndarray, seen: np.ndarray,
@@ -153,13 +144,12 @@ def ladder(metrics: dict) -> str:
 
     metrics: the content of metrics.json.
     """
-    steps = (("mostpop", "MostPop", None), ("alone", "student alone", "student"),
+    steps = (("mostpop", "MostPop", ""), ("alone", "student alone", "student"),
              ("student", "student", "student"), ("teacher", "teacher", "teacher"),
              ("teacher_tuned", "teacher, prompt tuned", "teacher"))
     lines = [f"{'test split':24}{'Recall@20':>10}{'NDCG@20':>10}{'trainable':>12}{'features':>12}"]
     for key, name, model in steps:
         if figures := metrics["test"].get(key):
-            size = metrics["parameters"].get(model, {}).values()
-            lines.append(f"{name:24}{figures['recall@20']:10.4f}{figures['ndcg@20']:10.4f}"
-                         + "".join(f"{number:12,}" for number in size))
+            size = "".join(f"{n:12,}" for n in metrics["parameters"].get(model, {}).values())
+            lines += [f"{name:24}{figures['recall@20']:10.4f}{figures['ndcg@20']:10.4f}{size}"]
     return "\n".join(lines)

@@ -40,7 +40,7 @@ class _Scores(torch.autograd.Function):
 def scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
     """Logits y_list [B, K] of users [B] and their lists of items [B, K], column 0 the positive.
 
-    y_bk = ⟨e_u, e_i⟩ on embeddings user [U, d], item [I, d]; y_pair of Eq. 5 is column 0 - column 1.
+    y_bk = ⟨e_u, e_i⟩ on embeddings user [U, d], item [I, d]; y_pair (Eq. 5) is column 0 - column 1.
     """
     return _Scores.apply(user, item, users, lists)
 
@@ -102,13 +102,8 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     return temperature**2 * _kl_rows(student, teacher).mean()
 
 
-def list_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    alpha: float = 1.0,
-    beta: float | str = 8.0,
-    temperature: float = 1.0,
-) -> Tensor:
+def list_kd(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 1.0,
+            beta: float | str = 8.0, temperature: float = 1.0) -> Tensor:
     """List-wise distillation of one modality, disentangled and re-weighted (Eq. 10).
 
         τ² · mean [ α KL(b_T ‖ b_S) + β KL(q_T ‖ q_S) ]

@@ -32,29 +32,30 @@ comment names the entry of the README's list of differences (P1-P13 paper, C1-C2
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy
+import scipy.linalg
 import torch
 import torch.nn.functional as F
-from scipy import linalg, sparse
+from scipy import sparse
 from torch import Tensor, nn
 
-from data import DataError, Dataset, Parser, Sampler, fingerprint, load, synthetic, write
+import data
+from data import DataError, Dataset, Parser, Sampler, need, write
 from evaluate import evaluate, ladder, recommend
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd, scores
 
 # ---------------------------------------------------------------- settings
 
 
-def setting(default, meaning: str, low=0, high=math.inf, choices=()):
+def setting(default, meaning: str, low=0, high=np.inf, choices=()):
     return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=choices))
 
 
@@ -67,7 +68,7 @@ class Config:
     teacher_layers: int = setting(2, "L of the teacher's LightGCN (released code)")
     student_layers: int = setting(2, "L of the student's LightGCN (ours; released code: 1)")
     dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (paper: needed; value ours)", 0, 1)
-    fusion: float = setting(0.5, "c, weight of the modal embeddings in E^T (released code: .028-.8)")
+    fusion: float = setting(0.5, "c, weight of F^m in E^T (released code: .028-.8)")
     weight_modal: float = setting(0.1, "w_m of stage 1's BPR on F^m (released code: 0-1)")
     lambda_prompt: float = setting(1.0, "λ₁ of Eq. 4 (released code: .07-9)")
     lambda_pair: float = setting(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
@@ -80,8 +81,7 @@ class Config:
     negatives: int = setting(10, "K-1, negatives of a list (released code)", 1)
     tokens: str = setting("mean", "η(x^m) over m (Eq. 3, errata P10)", choices=("mean", "concat"))
     prompt_rows: str = setting("items", "p^m over |I|, or unit rows", choices=("items", "unit"))
-    modal_target: str = setting("propagated", "F_i^m: Â_iu F_u, its mean with f^m, or f^m alone",
-                                choices=("propagated", "mean", "reduced"))
+    modal_target: str = setting("propagated", "F_i^m", choices=("propagated", "mean", "reduced"))
     tune_prompt: bool = setting(True, "train the prompt in stage 2 too (paper, Sec. 3.1.2)")
     weight_anchor: float = setting(1.0, "of the prompted teacher's BPR in stage 2 (errata P11)")
     warm_start: bool = setting(False, "start the student at E^T (released code, errata C24)")
@@ -96,26 +96,25 @@ class Config:
     patience: int = setting(15, "validations without a better Recall@20 that end a stage", 1)
     alone: bool = setting(True, "train the student without a teacher too, to compare")
     seed: int = setting(0, "of everything random in training, never of the data")
+    mask: str = setting("all", "unranked at test: train and validation (all), or train only",
+                        choices=("all", "train"))
 
     def __post_init__(self):
         """Refuse what cannot work."""
         for one in fields(self):
             value, (low, high, choices) = getattr(self, one.name), list(one.metadata.values())[1:]
-            if isinstance(value, str) and value not in choices:
-                raise ValueError(f"{one.name}: expected {' or '.join(choices)}, found {value}")
-            if not isinstance(value, str) and not low <= value < high:
-                raise ValueError(f"{one.name}: expected {low} <= number < {high}, found {value}")
-        if self.lambda_list and not self.weight_modal:  # the scores it distils would mean nothing
-            raise ValueError("weight_modal: expected more than 0 with lambda_list > 0, found 0")
-        if self.warm_start and self.dim_student not in (0, self.dim):
-            raise ValueError(f"dim_student: expected d to start warm, found {self.dim_student}")
+            expected = " or ".join(choices) if type(value) is str else f"{low} <= number < {high}"
+            need(value in choices if type(value) is str else low <= value < high,
+                 f"{one.name}: expected {expected}, found {value}")
+        need(self.weight_modal or not self.lambda_list,  # the scores it distils would mean nothing
+             "weight_modal: expected more than 0 with lambda_list > 0, found 0")
+        need(not self.warm_start or self.dim_student in (0, self.dim),
+             f"dim_student: expected d to start warm, found {self.dim_student}")
 
 
-PRESETS = {  # chosen on validation, see the README
-    "synthetic": dict(),
-    "tiktok": dict(),
-    "citeulike": dict(),
-}
+PRESETS = {"synthetic": {}, "tiktok": {}, "citeulike": {}}  # chosen on validation: see README
+MODES = {"student_only": {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0},
+         "quick": {"epochs": 2, "eval_every": 1}}
 WORKING_FILES = ("state.pt", "alone.pt", "student.pt")  # in a run folder while the run lasts
 FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json")
 
@@ -137,56 +136,47 @@ def adjacency(train: sparse.csr_matrix) -> sparse.csr_matrix:
     return (scale @ nodes @ scale).astype(np.float32).tocsr()
 
 
-class Graph(NamedTuple):
-    """Â's two blocks, each the other's transpose: all of Â that is not zero."""
+class Product(torch.autograd.Function):
+    """M x for a sparse M whose transpose is at hand: one block of Â is the other's backward pass.
 
-    to_users: Tensor  # Â_ui: users read items, CSR [U, I]
-    to_items: Tensor  # Â_iu: items read users, CSR [I, U]
-
-
-def graph(train: sparse.csr_matrix, device: torch.device | str = "cpu") -> Graph:
-    nodes, n_users = adjacency(train), train.shape[0]
-    blocks = nodes[:n_users, n_users:], nodes[n_users:, :n_users]
-    return Graph(*(torch.sparse_csr_tensor(b.indptr, b.indices, b.data, b.shape).to(device)
-                   for b in blocks))
-
-
-def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
-    """Sparse CSR times dense. On a CPU a weighted bag of rows is this product, and a faster one."""
-    if x.is_cuda:
-        return matrix @ x
-    return F.embedding_bag(matrix.col_indices(), x, matrix.crow_indices(), mode="sum",
-                           per_sample_weights=matrix.values(), include_last_offset=True)
-
-
-class _Product(torch.autograd.Function):
-    """y = M x with Mᵀ at hand: the backward pass of one block of Â multiplies by the other."""
+    On a CPU a weighted bag of rows is this product, and a faster one than torch's for CSR.
+    """
 
     @staticmethod
     def forward(ctx, matrix, transposed, x):
         ctx.matrix, ctx.transposed = matrix, transposed
-        return _matmul(matrix, x)
+        return matrix @ x if x.is_cuda else F.embedding_bag(
+            matrix.col_indices(), x, matrix.crow_indices(), mode="sum",
+            per_sample_weights=matrix.values(), include_last_offset=True)
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, _Product.apply(ctx.transposed, ctx.matrix, gradient.contiguous())
+        return None, None, Product.apply(ctx.transposed, ctx.matrix, gradient.contiguous())
 
 
-def to_users(graph: Graph, item: Tensor) -> Tensor:
-    """Â_ui item: [I, d] -> [U, d]."""
-    return _Product.apply(graph.to_users, graph.to_items, item)
+class Graph:
+    """Â's two blocks, each the other's transpose: all of Â that is not zero."""
 
+    def __init__(self, train: sparse.csr_matrix, device: torch.device | str = "cpu"):
+        nodes, n_users = adjacency(train), train.shape[0]
+        blocks = nodes[:n_users, n_users:], nodes[n_users:, :n_users]
+        self.ui, self.iu = (torch.sparse_csr_tensor(b.indptr, b.indices, b.data, b.shape).to(device)
+                            for b in blocks)  # Â_ui [U, I], Â_iu [I, U]
 
-def to_items(graph: Graph, user: Tensor) -> Tensor:
-    """Â_iu user: [U, d] -> [I, d]."""
-    return _Product.apply(graph.to_items, graph.to_users, user)
+    def to_users(self, item: Tensor) -> Tensor:
+        """Users read items, Â_ui item: [I, d] -> [U, d]."""
+        return Product.apply(self.ui, self.iu, item)
+
+    def to_items(self, user: Tensor) -> Tensor:
+        """Items read users, Â_iu user: [U, d] -> [I, d]."""
+        return Product.apply(self.iu, self.ui, user)
 
 
 def lightgcn(graph: Graph, user: Tensor, item: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """E^(l+1) = Â E^(l), E = mean over l = 0…L (LightGCN; errata C16, C17): [U, d], [I, d]."""
     total_user, total_item = user, item
     for _ in range(layers):
-        user, item = to_users(graph, item), to_items(graph, user)
+        user, item = graph.to_users(item), graph.to_items(user)
         total_user, total_item = total_user + user, total_item + item
     return total_user / (layers + 1), total_item / (layers + 1)
 
@@ -211,15 +201,13 @@ def pca_tokens(x: Tensor, dim: int) -> Tensor:
     Eigenvectors are unique up to their sign: the largest entry of each is made positive (errata
     P10). Components below 1e-12 of the largest, and those beyond d_m, are zero.
     """
-    covariance = sum(rows.double().T @ rows.double() for rows in x.split(4096)) / len(x)  # [d_m, d_m]
-    width = len(covariance)
-    kept = [max(0, width - dim), width - 1]  # the largest `dim`, ascending
-    values, vectors = linalg.eigh(covariance.cpu().numpy(), subset_by_index=kept)
-    values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
-    peak = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
-    real = values > 1e-12 * max(values[0], np.finfo(np.float64).tiny)
-    scale = np.where(real, np.sign(peak) / np.sqrt(np.where(real, values, 1)), 0)
-    basis = torch.from_numpy(vectors * scale).to(x)  # [d_m, min(d, d_m)]
+    covariance = sum(rows.double().T @ rows.double() for rows in x.split(4096)) / len(x)
+    largest = [max(0, x.shape[1] - dim), x.shape[1] - 1]  # of eigenvalues in ascending order
+    values, vectors = scipy.linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
+    values, vectors = values[::-1], vectors[:, ::-1]  # [min(d, d_m)], [d_m, min(d, d_m)]
+    sign = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
+    real = values > max(1e-12 * values[0], np.finfo(np.float64).tiny)
+    basis = torch.from_numpy(vectors * sign * real / np.sqrt(np.where(real, values, 1))).to(x)
     return F.pad(x @ basis, (0, dim - basis.shape[1]))
 
 
@@ -262,30 +250,27 @@ class Teacher(nn.Module):
         self.features = {m: standardise(torch.from_numpy(x).to(device, torch.float32))
                          for m, x in dataset.features.items()}
         tokens = [pca_tokens(x, config.dim) for x in self.features.values()]
-        mean = config.tokens == "mean"
-        self.tokens = sum(tokens) / len(tokens) if mean else torch.cat(tokens, 1)  # [I, width]
+        side_by_side = config.tokens == "concat"
+        self.tokens = torch.cat(tokens, 1) if side_by_side else sum(tokens) / len(tokens)
         lifted = torch.cat([self.tokens, self.tokens.new_ones(n_items, 1)], 1)  # T₁ = [tokens, 1]
         self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
-        unit = config.prompt_rows == "unit"
-        self.root = {m: _root(g) for m, g in self.gram.items()} if unit else {}
-        self.graph = graph(dataset.train, device)
-        degree = np.diff(dataset.train.tocsc().indptr)
-        self.isolated = torch.from_numpy(degree == 0).to(device)[:, None]  # [I, 1]
-
+        self.root = {m: root(g) for m, g in self.gram.items() if config.prompt_rows == "unit"}
+        self.graph = Graph(dataset.train, device)
+        self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
         self.user, self.item = table(n_users, config.dim), table(n_items, config.dim)
-        widths = [x.shape[1] for x in self.features.values()]
-        self.reduction = nn.ModuleList(Linear(d_m, config.dim) for d_m in widths)  # W^m, b^m
+        widths = [x.shape[1] for x in self.features.values()]  # d_m
+        self.reduction = nn.ModuleList(Linear(d_m, config.dim) for d_m in widths)
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
         self.to(device)
 
     def fixed(self) -> tuple[tuple[Tensor, Tensor], dict[str, tuple[Tensor, Tensor, Tensor]]]:
-        """What no prompt reaches: LightGCN's output; XW [I, d], GW [width + 1, d] and b of each m."""
+        """What no prompt reaches: LightGCN's output; XW [I, d], GW [width + 1, d], b of each m."""
         ids = lightgcn(self.graph, self.user, self.item, self.config.teacher_layers)
         layers = {m: (x @ layer.weight.T, self.gram[m] @ layer.weight.T, layer.bias)
                   for (m, x), layer in zip(self.features.items(), self.reduction, strict=True)}
         return ids, layers
 
-    def reduce(self, m: str, xw: Tensor, gw: Tensor, bias: Tensor) -> Tensor:
+    def reduce(self, m: str, xw: Tensor, gw: Tensor, bias: Tensor, prompt: Tensor) -> Tensor:
         """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m) with p^m = s p (pᵀ x^m)   (Eq. 4; errata P9).
 
         P is linear, so p = T₁Θ and pᵀX = ΘᵀG: neither p^m nor any other [I, d_m] array is formed,
@@ -293,8 +278,7 @@ class Teacher(nn.Module):
         """
         f = xw + bias
         if self.config.lambda_prompt:
-            prompt = self.prompt(self.tokens)  # Eq. 3
-            theta = torch.cat([self.prompt.weight.T, self.prompt.bias[None]])  # Θ
+            theta = torch.cat([self.prompt.weight.T, self.prompt.bias[None]])  # Θ [width + 1, d]
             shift = prompt @ (theta.T @ gw) / len(prompt)  # p (pᵀX) W / |I|  [I, d]
             if self.root:
                 norm = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True) / len(prompt)
@@ -306,23 +290,19 @@ class Teacher(nn.Module):
         """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
         (teacher_user, teacher_item), layers = fixed or self.fixed()
         user_modal, item_modal, reduced, c = {}, {}, {}, self.config.fusion
+        prompt = self.prompt(self.tokens)  # p, Eq. 3
         for m, (xw, gw, bias) in layers.items():
-            f = reduced[m] = self.reduce(m, xw, gw, bias)
-            user_modal[m] = to_users(self.graph, f)  # F_u = Â_ui f
-            item_modal[m] = self.target(f, user_modal[m])
-            teacher_user = teacher_user + c * F.normalize(user_modal[m], dim=1)
-            teacher_item = teacher_item + c * F.normalize(item_modal[m], dim=1)
+            f = reduced[m] = self.reduce(m, xw, gw, bias, prompt)
+            user = user_modal[m] = self.graph.to_users(f)  # F_u = Â_ui f
+            item = torch.where(self.isolated, f, self.graph.to_items(user))  # F_i = Â_iu F_u
+            variants = {"propagated": item, "mean": (f + item) / 2, "reduced": f}
+            item = item_modal[m] = variants[self.config.modal_target]
+            teacher_user = teacher_user + c * F.normalize(user, dim=1)
+            teacher_item = teacher_item + c * F.normalize(item, dim=1)
         return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
 
-    def target(self, f: Tensor, user: Tensor) -> Tensor:
-        """F_i = Â_iu F_u, or f for an item without neighbours; `modal_target` varies it."""
-        if self.config.modal_target == "reduced":
-            return f
-        item = torch.where(self.isolated, f, to_items(self.graph, user))
-        return (f + item) / 2 if self.config.modal_target == "mean" else item
 
-
-def _root(gram: Tensor) -> Tensor:
+def root(gram: Tensor) -> Tensor:
     """C with CCᵀ = GGᵀ, so that ‖row of p (pᵀX)‖ = ‖row of p ΘᵀC‖; GGᵀ may be singular."""
     values, vectors = torch.linalg.eigh((gram.double() @ gram.double().T).cpu())
     return (vectors * values.clamp(min=0).sqrt()).to(gram)
@@ -334,16 +314,13 @@ def _root(gram: Tensor) -> Tensor:
 class Student(nn.Module):
     """S of Eq. 2: LightGCN over its own tables, and nothing else at inference."""
 
-    def __init__(self, train: sparse.csr_matrix, config: Config, device: torch.device | str = "cpu",
-                 start: Encoded | None = None):
+    def __init__(self, train: sparse.csr_matrix, config: Config, device: torch.device | str = "cpu"):
         super().__init__()
-        self.layers, self.graph = config.student_layers, graph(train, device)
+        self.layers, self.graph = config.student_layers, Graph(train, device)
         dim = config.dim_student or config.dim
         self.user, self.item = (table(rows, dim) for rows in train.shape)
-        if start:  # a copy, never the teacher's own storage (errata C7)
-            self.user, self.item = (nn.Parameter(e.detach().clone()) for e in start[:2])
-        # Narrower than the teacher: a map on the student's side, for Eq. 11 alone (errata P7).
-        self.project = nn.Identity() if dim == config.dim else nn.Linear(dim, config.dim, bias=False)
+        # Another width than the teacher's: a map on the student's side for Eq. 11 (errata P7).
+        self.project = nn.Identity() if dim == config.dim else Linear(dim, config.dim)
         self.to(device)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -354,27 +331,29 @@ class Student(nn.Module):
 # ---------------------------------------------------------------- objectives
 
 
-def penalty(model: Teacher | Student, users: Tensor, lists: Tensor) -> Tensor:
-    """‖Θ‖² of Eq. 13 on the triplets' layer-0 embeddings."""
-    positive, negative = (model.item.index_select(0, lists[:, k]) for k in (0, 1))
-    return l2_penalty(model.user.index_select(0, users), positive, negative)
+def bpr_terms(model: nn.Module, logits: Tensor, users: Tensor, lists: Tensor, l2: float) -> dict:
+    """Eq. 13: BPR, and ‖Θ‖² on the triplets' layer-0 embeddings."""
+    terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
+    if l2:
+        positive, negative = (model.item.index_select(0, lists[:, k]) for k in (0, 1))
+        terms["l2"] = l2 * l2_penalty(model.user.index_select(0, users), positive, negative)
+    return terms
 
 
 def modal_scores(encoded: Encoded, users: Tensor, lists: Tensor) -> list[Tensor]:
     """Uni-modal logits ⟨F_u^m, F_i^m⟩ on the batch's lists, one [B, K] for each m."""
-    return [scores(user, encoded.item_modal[m], users, lists) for m, user in encoded.user_modal.items()]
+    modal = zip(encoded.user_modal.values(), encoded.item_modal.values(), strict=True)
+    return [scores(user, item, users, lists) for user, item in modal]
 
 
 def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> dict[str, Tensor]:
     """Stage 1, θ_T and θ_P: Eq. 13 on E^T, and on each modality's own ranking."""
     config, encoded = teacher.config, teacher()
     logits = scores(encoded.teacher_user, encoded.teacher_item, users, lists)
-    terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
+    terms = bpr_terms(teacher, logits, users, lists, config.l2)
     if config.weight_modal:
         modal = modal_scores(encoded, users, lists)
         terms["modal_bpr"] = config.weight_modal * sum(bpr_loss(y[:, 0], y[:, 1]) for y in modal)
-    if config.l2:
-        terms["l2"] = config.l2 * penalty(teacher, users, lists)
     return terms
 
 
@@ -387,34 +366,27 @@ def student_terms(student: Student, config: Config, encoded: Encoded | None, use
     """
     student_user, student_item = student()
     logits = scores(student_user, student_item, users, lists)
-    terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
-    if config.l2:
-        terms["l2"] = config.l2 * penalty(student, users, lists)
+    terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded is None:
         return terms
     teacher = scores(encoded.teacher_user, encoded.teacher_item, users, lists[:, :2])
-    tau = config.temperature
+    margins, tau = [y[:, 0] - y[:, 1] for y in (logits, teacher)], config.temperature
     if config.lambda_pair:
-        margin, teacher_margin = logits[:, 0] - logits[:, 1], teacher[:, 0] - teacher[:, 1]
-        terms["pair_kd"] = config.lambda_pair * pair_kd(margin, teacher_margin, tau)
+        terms["pair_kd"] = config.lambda_pair * pair_kd(*margins, tau)
     if config.lambda_list:
-        modal = modal_scores(encoded, users, lists)
-        terms["list_kd"] = config.lambda_list * sum(
-            list_kd(logits, y, config.alpha, config.beta, tau) for y in modal)
+        modal = [list_kd(logits, y, config.alpha, config.beta, tau)
+                 for y in modal_scores(encoded, users, lists)]
+        terms["list_kd"] = config.lambda_list * sum(modal)
     if config.lambda_embed:
         projected = student.project(student_item)
-        terms["embed_kd"] = config.lambda_embed * sum(
-            embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values())
+        modal = [embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values()]
+        terms["embed_kd"] = config.lambda_embed * sum(modal)
     if teacher.requires_grad and config.weight_anchor:
         terms["prompt_anchor"] = config.weight_anchor * bpr_loss(teacher[:, 0], teacher[:, 1])
     return terms
 
 
 # ---------------------------------------------------------------- training
-
-
-class NonFinite(ArithmeticError):
-    """A loss term became NaN or infinite."""
 
 
 @dataclass
@@ -427,60 +399,41 @@ class Run:
     device: torch.device
     state: dict
 
-    def log(self, row: dict) -> None:
-        """One more evaluation in log.csv, whose columns are those of all stages so far."""
-        rows = self.state["rows"] = [*self.state.get("rows", []), row]
-        columns = dict.fromkeys(name for one in rows for name in one)
-        lines = [columns, *([str(one.get(c, "")) for c in columns] for one in rows)]
-        text = "".join(",".join(line) + "\n" for line in lines)
-        write(self.folder / "log.csv", text)
 
-    def measure(self, embeddings, split: str, mask: str = "all") -> dict[str, float]:
-        """Metrics on "val" or "test". No candidates: train; at test, unless masked less, val too."""
-        exclude = self.dataset.train
-        if split == "test" and mask == "all":
-            exclude = exclude + self.dataset.val
-        return evaluate(*embeddings, getattr(self.dataset, split), exclude)
-
-
-def fit(run: Run, stage: str, learner: nn.Module, groups: list[dict], width: int, terms, rank) -> None:
+def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, terms, rank) -> None:
     """Train until validation Recall@20 stops improving; leave the selected epoch's weights.
 
     groups: AdamW's. terms(users [B], lists [B, width]) -> the objective's terms by name. rank() ->
     (user [U, d], item [I, d]), judged on validation; the test split is never touched. A stage that
     an earlier session finished is read from its file.
     """
-    file, config, generator = run.folder / f"{stage}.pt", run.config, torch.Generator(run.device)
+    config, state, file = run.config, run.state, run.folder / f"{stage}.pt"
     if file.exists():
-        learner.load_state_dict(torch.load(file, run.device, weights_only=True))
-        return
-    sampler = Sampler(run.dataset.train, run.device)
+        return learner.load_state_dict(torch.load(file, run.device, weights_only=True))
+    sampler, generator = Sampler(run.dataset.train, run.device), torch.Generator(run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    state = {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0, "best": None}
-    if run.state.get("stage") == stage:
-        state = {name: run.state[name] for name in state}
-        learner.load_state_dict(run.state["learner"])
-        optimiser.load_state_dict(run.state["optimiser"])
+    if state.get("stage") == stage:  # resumed
+        learner.load_state_dict(state["learner"])
+        optimiser.load_state_dict(state["optimiser"])
+    else:
+        state |= {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0}
     while state["epoch"] < config.epochs and state["stale"] < config.patience:
         began = time.perf_counter()
         state["epoch"] += 1
-        # Seeded by epoch: a resumed run draws what an uninterrupted one would have, and the student
-        # alone meets the same edges in the same order as the distilled one.
-        source = np.random.SeedSequence([config.seed, state["epoch"], stage == "teacher"])
-        torch.manual_seed(seed := int(source.generate_state(1)[0]))  # dropout
+        # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have.
+        seed = 1_000_003 * config.seed + 2 * state["epoch"] + (stage == "teacher")
+        torch.manual_seed(seed)  # dropout
         samples = sampler.epoch(generator.manual_seed(seed), width - 1)
         means = _epoch(learner, optimiser, samples, config.batch, terms)
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise NonFinite(f"{stage}, epoch {state['epoch']}: expected finite losses, found "
-                                f"{name} = {value}; a smaller step or weight may help")
+        if broken := [name for name, value in means.items() if not np.isfinite(value)]:
+            raise FloatingPointError(f"{stage}, epoch {state['epoch']}: {broken[0]} is not finite")
         state["seconds"] += time.perf_counter() - began
         if state["epoch"] % config.eval_every == 0 or state["epoch"] == config.epochs:
-            _validate(run, state, learner, means, rank)
-        run.state |= {**state, "learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
-        write(run.folder / "state.pt", lambda stream: torch.save(run.state, stream))
+            _validate(run, learner, means, rank)
+        state |= {"learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
+        write(run.folder / "state.pt", partial(torch.save, state))
     learner.load_state_dict(state["best"])
-    write(file, lambda stream: torch.save(state["best"], stream))
+    write(file, partial(torch.save, state["best"]))
 
 
 def _epoch(learner, optimiser, samples, batch: int, terms) -> dict[str, float]:
@@ -493,29 +446,30 @@ def _epoch(learner, optimiser, samples, batch: int, terms) -> dict[str, float]:
         optimiser.zero_grad()
         sum(parts.values()).backward()  # the objective is the sum of this dict
         optimiser.step()
-        for name, part in parts.items():
-            totals[name] = totals.get(name, 0.0) + part.detach()
+        totals = {name: totals.get(name, 0.0) + part.detach() for name, part in parts.items()}
     means = torch.stack(list(totals.values())) / len(batches)
     return dict(zip(totals, means.tolist(), strict=True))
 
 
-def _validate(run: Run, state: dict, learner: nn.Module, means: dict[str, float], rank) -> None:
+def _validate(run: Run, learner: nn.Module, means: dict[str, float], rank) -> None:
     """Judge an epoch on the validation split, keep it if it is the best yet, and report."""
+    state, config, loss = run.state, run.config, sum(means.values())
     learner.eval()
     with torch.no_grad():
-        found = run.measure(rank(), "val")
+        found = evaluate(*rank(), run.dataset.val, exclude=run.dataset.train)
+    recall = found["recall@20"]
     state["stale"] += 1
-    if found["recall@20"] > state["recall"]:
+    if recall > state["recall"]:
         best = {name: weight.clone() for name, weight in learner.state_dict().items()}
-        state |= {"recall": found["recall@20"], "stale": 0, "best": best}
-    row = {name: state[name] for name in ("stage", "epoch", "seconds")}
-    row |= {name: found[name] for name in ("recall@20", "ndcg@20")}
-    run.log(row | {"loss": sum(means.values()), **means})
-    most, pace = run.config.epochs - state["epoch"], state["seconds"] / state["epoch"]
-    least = min(most, (run.config.patience - state["stale"]) * run.config.eval_every)
-    print(f"{state['stage']:8} epoch {state['epoch']:4}  loss {sum(means.values()):.4f}  validation "
-          f"R@20 {found['recall@20']:.4f}  best {state['recall']:.4f}  {pace:.2f} s/epoch  left "
-          f"{least * pace:.0f} to {most * pace:.0f} s", file=sys.stderr, flush=True)
+        state |= {"recall": recall, "stale": 0, "best": best}
+    row = {name: state[name] for name in ("stage", "epoch", "seconds")} | {"recall@20": recall}
+    state.setdefault("rows", []).append({**row, "ndcg@20": found["ndcg@20"], "loss": loss, **means})
+    data.write_table(run.folder / "log.csv", state["rows"])
+    most, pace = config.epochs - state["epoch"], state["seconds"] / state["epoch"]
+    least = min(most, (config.patience - state["stale"]) * config.eval_every)
+    print(f"{state['stage']:8}epoch {state['epoch']:4}  loss {loss:.4f}  validation {recall:.4f}  "
+          f"best {state['recall']:.4f}  {pace:.2f} s/epoch, {least * pace:.0f} to {most * pace:.0f} "
+          "s left", file=sys.stderr, flush=True)
 
 
 def train_teacher(run: Run) -> Teacher:
@@ -528,11 +482,6 @@ def train_teacher(run: Run) -> Teacher:
     return teacher.eval().requires_grad_(False)
 
 
-def tuned(config: Config) -> bool:
-    """Whether stage 2 trains the prompt."""
-    return config.tune_prompt and config.lambda_prompt > 0
-
-
 def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple[Tensor, Tensor]:
     """Stage 2: the student, and the prompt if tuned. Returns E_u^S, E_i^S.
 
@@ -540,23 +489,24 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple
     frozen that is all of the teacher. Neither `no_grad` nor `detach` stands between θ_P and the
     losses: gradients reach the prompt *through* the frozen teacher (Sec. 3.1.2, errata C4).
     """
-    config, encoded = run.config, None
-    tune = teacher is not None and tuned(config)
+    config, encoded, tuned = run.config, None, False
     if teacher:
+        tuned = config.tune_prompt and config.lambda_prompt > 0
         with torch.no_grad():
             encoded = teacher(fixed := teacher.fixed())
     torch.manual_seed(config.seed)
-    start = encoded if config.warm_start else None
-    student = Student(run.dataset.train, config, run.device, start)
+    student = Student(run.dataset.train, config, run.device)
+    if teacher and config.warm_start:  # copies: never the teacher's own storage (errata C7)
+        for own, start in zip((student.user, student.item), encoded[:2], strict=True):
+            own.data.copy_(start)
     learner = nn.ModuleDict({"student": student})
     groups = [{"params": list(student.parameters()), "lr": config.lr_student}]
-    if tune:
+    if tuned:
         learner["prompt"] = teacher.prompt.requires_grad_(True)
         groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
 
     def terms(users, lists):
-        told = teacher(fixed) if tune else encoded
-        return student_terms(student, config, told, users, lists)
+        return student_terms(student, config, teacher(fixed) if tuned else encoded, users, lists)
 
     width = 1 + (config.negatives if teacher and config.lambda_list else 1)
     fit(run, stage, learner, groups, width, terms, student)
@@ -564,41 +514,38 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple
         return student()
 
 
-def pipeline(run: Run, mask: str = "all") -> dict:
+def pipeline(run: Run) -> dict:
     """Both stages and the final evaluation: writes the artefacts, returns metrics.json's content."""
-    config, train, began, teacher = run.config, run.dataset.train, time.perf_counter(), None
-    popularity = torch.from_numpy(np.diff(train.tocsc().indptr)).float().to(run.device)
-    ranked = {"mostpop": (popularity.new_ones(train.shape[0], 1), popularity[:, None])}
-    sizes = {}
+    config, dataset, began, teacher = run.config, run.dataset, time.perf_counter(), None
+    popularity = torch.from_numpy(np.asarray(dataset.train.sum(0))).T.to(run.device)  # [I, 1]
+    ranked = {"mostpop": (popularity.new_ones(dataset.train.shape[0], 1), popularity)}
     if config.lambda_pair or config.lambda_list or config.lambda_embed:
         teacher = train_teacher(run)
-        sizes["teacher"] = [sum(p.numel() for p in teacher.parameters()),
-                            sum(x.numel() for x in teacher.features.values())]
         with torch.no_grad():
             ranked["teacher"] = teacher()[:2]
         if config.alone:
             ranked["alone"] = train_student(run, "alone")  # the student without a teacher: LightGCN
-    user, item = ranked["student"] = train_student(run, "student", teacher)
-    sizes["student"] = [user.numel() + item.numel(), 0]
-    arrays = {"user": user.cpu().numpy(), "item": item.cpu().numpy(),
-              "seen_indptr": train.indptr, "seen_indices": train.indices}
+    ranked["student"] = train_student(run, "student", teacher)
+    user, item = (e.cpu().numpy() for e in ranked["student"])
+    arrays = {"user": user, "item": item,
+              "seen_indptr": dataset.train.indptr, "seen_indices": dataset.train.indices}
     write(run.folder / "student.npz", lambda stream: np.savez(stream, **arrays))
-    if teacher and tuned(config):
-        prompt = teacher.prompt.state_dict()
-        write(run.folder / "prompt.pt", lambda stream: torch.save(prompt, stream))
+    if teacher and teacher.prompt.weight.requires_grad:
+        write(run.folder / "prompt.pt", partial(torch.save, teacher.prompt.state_dict()))
         with torch.no_grad():
             ranked["teacher_tuned"] = teacher()[:2]
-    metrics = {name: {model: run.measure(pair, split, mask) for model, pair in ranked.items()}
-               for name, split in (("validation", "val"), ("test", "test"))}
-    cuda = run.device.type == "cuda"
-    metrics |= {
-        "parameters": {m: {"trainable": a, "buffers": b} for m, (a, b) in sizes.items()},
-        "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]}
-        | {"this_session": time.perf_counter() - began},
-        "exclude": "train + val" if mask == "all" else "train",
-        "device": torch.cuda.get_device_name(run.device) if cuda else "cpu",
-        "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)},
-    }
+    exclude = dataset.train + dataset.val if config.mask == "all" else dataset.train
+    val = {model: evaluate(*pair, dataset.val, dataset.train) for model, pair in ranked.items()}
+    test = {model: evaluate(*pair, dataset.test, exclude) for model, pair in ranked.items()}
+    sizes = {"student": {"trainable": user.size + item.size, "buffers": 0}}
+    if teacher:
+        sizes["teacher"] = {"trainable": sum(p.numel() for p in teacher.parameters()),
+                            "buffers": sum(x.numel() for x in teacher.features.values())}
+    seconds = {row["stage"]: row["seconds"] for row in run.state["rows"]}
+    metrics = {"validation": val, "test": test, "parameters": sizes,
+               "seconds": seconds | {"this_session": time.perf_counter() - began},
+               "exclude": {"all": "train + val"}.get(config.mask, "train"), "device": str(run.device),
+               "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)}}
     write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
     for name in WORKING_FILES:
         (run.folder / name).unlink(missing_ok=True)
@@ -608,32 +555,23 @@ def pipeline(run: Run, mask: str = "all") -> dict:
 # ---------------------------------------------------------------- command line
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, else the CPU; otherwise as asked, or DataError."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    device = {"auto": here[0], "cuda": "cuda:0"}.get(name, name)
-    if device not in here:
-        raise DataError(f"--device: expected auto or one of {', '.join(here)}, found {name}")
-    return torch.device(device)
-
-
 def _parser() -> Parser:
     parser = Parser(prog="promptmm.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                     epilog="Also: promptmm.py recommend --help; data.py --help.")
-    parser.add_argument("--data", help="dataset folder (default: the embedded dataset)")
-    parser.add_argument("--modalities", default="", help="comma-separated (default: all there are)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/<dataset name>)")
+    for flag, default, meaning in (
+            ("data", "", "dataset folder (default: the embedded dataset)"),
+            ("out", "", "run folder (default: runs/<dataset name>)"),
+            ("modalities", "", "comma-separated names (default: all there are)"),
+            ("device", "auto", "auto, cpu, cuda or cuda:N (default: auto)")):
+        parser.add_argument(f"--{flag}", default=default, help=meaning)
     parser.add_argument("--preset", choices=PRESETS, help="settings that other flags may override")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--mask", choices=("all", "train"), default="all",
-                        help="no candidates at test: train and validation (all), or train only")
-    for flag, meaning in (("--student-only", "no teacher: LightGCN"), ("--force", "replace a run"),
-                          ("--quick", "two epochs a stage: a smoke test"),
-                          ("--resume", "go on with an interrupted run")):
-        parser.add_argument(flag, action="store_true", help=meaning)
+    for flag, meaning in (("student-only", "no teacher: LightGCN"), ("force", "replace a run"),
+                          ("quick", "two epochs a stage: a smoke test"),
+                          ("resume", "go on with an interrupted run")):
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     for one in fields(Config):
-        kind = one.type if one.type in (int, float, str) else lambda t: t if t.isalpha() else float(t)
-        how = {"action": argparse.BooleanOptionalAction} if one.type is bool else {"type": kind}
+        kind = one.type if one.type != float | str else lambda t: t if t.isalpha() else float(t)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
                             help=f"{one.metadata['help']} (default: {one.default})")
     return parser
@@ -642,31 +580,26 @@ def _parser() -> Parser:
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
     name = Path(args.data).resolve().name if args.data else "synthetic"
-    folder, stored = args.out or Path("runs") / name, {}
+    folder, stored = Path(args.out or f"runs/{name}"), {}
+    need(args.resume or args.force or data.is_new(folder),
+         f"{folder}: exists; expected a new folder, --resume or --force")
     if args.resume:
         stored = json.loads((folder / "config.json").read_text())
-    elif folder.exists() and not args.force and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: exists; expected a new folder, --resume or --force")
-    source, device = args.data or stored.get("data"), pick_device(args.device)
-    preset = PRESETS.get(args.preset or (None if source else "synthetic"), {})
-    settings = {**preset, **{one.name: stored[one.name] for one in fields(Config) if stored}}
-    settings |= {one.name: getattr(args, one.name) for one in fields(Config) if one.name in args}
-    if args.student_only:
-        settings |= {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}
-    if args.quick:
-        settings |= {"epochs": 2, "eval_every": 1}
-    try:
-        config = Config(**settings)
-    except ValueError as error:
-        raise DataError(f"--{error}") from None
-    dataset = load(source, modalities=args.modalities) if source else synthetic()
-    facts = {"fingerprint": fingerprint(dataset), "device": str(device), "mask": args.mask,
+    source, device = args.data or stored.get("data"), data.pick_device(args.device)
+    preset = PRESETS.get(args.preset or ("" if source else "synthetic"), {})
+    given = preset | stored | vars(args)
+    for mode in MODES:
+        given |= MODES[mode] if given[mode] else {}
+    config = Config(**{one.name: given[one.name] for one in fields(Config) if one.name in given})
+    dataset = data.load(source, modalities=args.modalities) if source else data.synthetic()
+    facts = {"fingerprint": data.fingerprint(dataset), "device": str(device),
              "threads": torch.get_num_threads(), **vars(config)}
-    for key in (key for key in facts if stored and facts[key] != stored[key]):
-        raise DataError(f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
+    for key in facts if stored else ():
+        need(facts[key] == stored[key],
+             f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in () if stored else FILES + WORKING_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for file in () if stored else FILES + WORKING_FILES:
+        (folder / file).unlink(missing_ok=True)
     facts["data"] = source and str(Path(source).resolve())
     write(folder / "config.json", json.dumps(facts, indent=1))
     file = folder / "state.pt"
@@ -685,11 +618,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.use_deterministic_algorithms(run.device.type == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False  # or each `empty` costs a fill
         done = run.folder / "metrics.json"
-        metrics = json.loads(done.read_text()) if done.exists() else pipeline(run, args.mask)
+        metrics = json.loads(done.read_text()) if done.exists() else pipeline(run)
         print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
-    except (DataError, OSError, NonFinite) as error:
+    except (DataError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NonFinite) else 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("interrupted; --resume goes on after the last finished epoch", file=sys.stderr)
         return 130
@@ -697,20 +630,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _recommend(argv: list[str]) -> int:
-    parser = Parser(prog="promptmm.py recommend", description="A user's list, from student.npz alone.")
+    parser = Parser(prog="promptmm.py recommend", description="A user's list, from student.npz.")
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--user", required=True, help="user index; with --ids, your own id")
     parser.add_argument("--k", type=int, default=10, help="length of the list (default: 10)")
     parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: speak in your ids")
     args = parser.parse_args(argv)
     with np.load(args.run / "student.npz") as saved:
-        user, item, start, seen = (saved[n] for n in ("user", "item", "seen_indptr", "seen_indices"))
-    ids = json.loads(args.ids.read_text()) if args.ids else {"items": range(len(item))}
-    names = ids.get("users", [str(u) for u in range(len(user))])
-    if args.user not in names or args.k < 1:
-        raise DataError(f"expected --user {names[0]} … {names[-1]} and --k 1 or more, found {args.user} "
-                        f"and {args.k}")
-    u = names.index(args.user)
+        user, item, start, seen = (saved[name] for name in saved.files)
+    ids = json.loads(args.ids.read_text()) if args.ids else {
+        "users": [str(u) for u in range(len(user))], "items": range(len(item))}
+    need(args.user in ids["users"] and args.k > 0, f"expected --user {ids['users'][0]} … "
+         f"{ids['users'][-1]} and --k 1 or more, found {args.user} and {args.k}")
+    u = ids["users"].index(args.user)
     for i, score in recommend(user[u], item, seen[start[u] : start[u + 1]], args.k):
         print(f"{ids['items'][i]}\t{score:.4f}")
     return 0
