@@ -16,12 +16,13 @@ import json
 import pickle
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import sparse
+import torch.nn.functional as F
+from scipy import linalg, sparse
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
@@ -95,7 +96,7 @@ def _layout(folder: Path) -> tuple[str, dict[str, Path]]:
 
 
 @contextlib.contextmanager
-def _reading(file: Path):
+def reading(file: Path):
     """Whatever goes wrong inside a stranger's file becomes one line that names the file."""
     try:
         yield
@@ -117,7 +118,7 @@ def _features(folder: Path, modalities: str) -> dict[str, np.ndarray]:
 
 def read_features(file: Path) -> np.ndarray:
     """One modality's array [I, d_m] as float32; DataError if it is no such array."""
-    with _reading(file):
+    with reading(file):
         array = np.load(file, allow_pickle=False)
         need(isinstance(array, np.ndarray), "expected an array, found an archive")
         need(array.ndim == 2 and array.dtype.kind in "fiu" and array.size,
@@ -148,7 +149,7 @@ class _MatrixUnpickler(pickle.Unpickler):
 
 def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
     """Users and items of a split's interactions, and the matrix shape if the file stores one."""
-    with _reading(file):
+    with reading(file):
         if file.suffix == ".json":
             return *_read_json(file), None
         if file.suffix == ".inter":
@@ -341,7 +342,7 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
     `items` names the item of each feature row, one id a line; without it the CSV's item ids are the
     row numbers. Returns the dataset and {"users": [...], "items": [...]}, ids by index.
     """
-    with _reading(log), open(log, newline="") as stream:
+    with reading(log), open(log, newline="") as stream:
         rows = csv.reader(stream, delimiter="\t" if log.suffix == ".tsv" else ",")
         header = [name.strip().lower().replace("_", "") for name in next(rows, [])]
         columns = [i for kind in ("user", "item") for i, name in enumerate(header)
@@ -352,7 +353,7 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
     need(arrays and pairs, f"{log}: expected interactions and --features MODALITY=FILE.npy, found "
                            f"{len(pairs)} and {len(arrays)}")
     n_items = len(next(iter(arrays.values())))
-    with _reading(items or log):
+    with reading(items or log):
         names = items.read_text().split("\n") if items else map(str, range(n_items))
     names = [name.strip() for name in names if name.strip()]
     need(len(names) == len(set(names)) == n_items, f"{items}: expected {n_items} ids, one a feature "
@@ -397,7 +398,7 @@ def synthetic(
     The same seed and sizes give the same dataset.
     """
     rng = np.random.default_rng(seed)
-    planted = {"visual": (1.0, 0.5, 30.0), "text": (1.0, 0.5, 0.3), "acoustic": (0.5, 8.0, 3.0)}
+    planted = {"visual": (1.0, 0.5, 30.0), "text": (1.0, 0.5, 0.3), "acoustic": (0.5, 16.0, 3.0)}
     factors, taste, features = [], [], {}
     for m, d_m in (dims or {"visual": 512, "text": 384, "acoustic": 128}).items():
         weight, noise, scale = planted.get(m, (1.0, 0.5, 1.0))
@@ -442,6 +443,31 @@ def _choose(taste, factors, popularity, activity, unexplained, rng, chunk=1024) 
 def _largest(keys: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Which are the count[r] < I largest keys of row r: bool [r, I]."""
     return keys > -np.sort(-keys, axis=1)[np.arange(len(keys)), count][:, None]
+
+
+# ---------------------------------------------------------------- what the model reads
+
+
+def standardise(x: Tensor) -> Tensor:
+    """x^m centred, over its root-mean-square row norm: one λ₁ then means the same for all m."""
+    x = x - x.mean(0)
+    return x / x.square().sum(1).mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def pca_tokens(x: Tensor, dim: int) -> Tensor:
+    """η(x^m) of Eq. 3: the d principal components of centred x [I, d_m], unit variance -> [I, d].
+
+    Eigenvectors are unique up to their sign: the largest entry of each is made positive (errata
+    P10). Components below 1e-12 of the largest, and those beyond d_m, are zero.
+    """
+    covariance = sum(rows.double().T @ rows.double() for rows in x.split(4096)) / len(x)
+    largest = [max(0, x.shape[1] - dim), x.shape[1] - 1]  # of eigenvalues in ascending order
+    values, vectors = linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
+    values, vectors = values[::-1], vectors[:, ::-1]  # [min(d, d_m)], [d_m, min(d, d_m)]
+    sign = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
+    real = values > max(1e-12 * values[0], np.finfo(np.float64).tiny)
+    basis = torch.from_numpy(vectors * sign * real / np.sqrt(np.where(real, values, 1))).to(x)
+    return F.pad(x @ basis, (0, dim - basis.shape[1]))
 
 
 # ---------------------------------------------------------------- sampling
@@ -499,6 +525,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise DataError(f"{self.prog}: {message}; see --help")
+
+    def add_settings(self, config: type) -> None:
+        """A flag for each field of a dataclass; one that is not given stays out of the result."""
+        for one in fields(config):
+            number = one.type if one.type != float | str else lambda t: t if t.isalpha() else float(t)
+            how = {"type": number} if one.type is not bool else {"action": argparse.BooleanOptionalAction}
+            self.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
+                              help=f"{one.metadata['help']} (default: {one.default})")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 import torch.nn.functional as F
 from scipy import sparse
@@ -96,8 +96,7 @@ class Config:
     patience: int = setting(15, "validations without a better Recall@20 that end a stage", 1)
     alone: bool = setting(True, "train the student without a teacher too, to compare")
     seed: int = setting(0, "of everything random in training, never of the data")
-    mask: str = setting("all", "unranked at test: train and validation (all), or train only",
-                        choices=("all", "train"))
+    mask: str = setting("all", "unranked at test: train + val, or train", choices=("all", "train"))
 
     def __post_init__(self):
         """Refuse what cannot work."""
@@ -120,7 +119,7 @@ FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "me
 
 # ---------------------------------------------------------------- graph
 
-warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are)")
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 def adjacency(train: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -160,8 +159,9 @@ class Graph:
     def __init__(self, train: sparse.csr_matrix, device: torch.device | str = "cpu"):
         nodes, n_users = adjacency(train), train.shape[0]
         blocks = nodes[:n_users, n_users:], nodes[n_users:, :n_users]
-        self.ui, self.iu = (torch.sparse_csr_tensor(b.indptr, b.indices, b.data, b.shape).to(device)
-                            for b in blocks)  # Â_ui [U, I], Â_iu [I, U]
+        self.ui, self.iu = (  # Â_ui [U, I], Â_iu [I, U]
+            torch.sparse_csr_tensor(b.indptr, b.indices, b.data, b.shape, check_invariants=True)
+            .to(device) for b in blocks)
 
     def to_users(self, item: Tensor) -> Tensor:
         """Users read items, Â_ui item: [I, d] -> [U, d]."""
@@ -187,28 +187,6 @@ def table(rows: int, dim: int) -> nn.Parameter:
 
 
 # ---------------------------------------------------------------- prompt
-
-
-def standardise(x: Tensor) -> Tensor:
-    """x^m centred, over its root-mean-square row norm: one λ₁ then means the same for all m."""
-    x = x - x.mean(0)
-    return x / x.square().sum(1).mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def pca_tokens(x: Tensor, dim: int) -> Tensor:
-    """η(x^m) of Eq. 3: the d principal components of centred x [I, d_m], unit variance -> [I, d].
-
-    Eigenvectors are unique up to their sign: the largest entry of each is made positive (errata
-    P10). Components below 1e-12 of the largest, and those beyond d_m, are zero.
-    """
-    covariance = sum(rows.double().T @ rows.double() for rows in x.split(4096)) / len(x)
-    largest = [max(0, x.shape[1] - dim), x.shape[1] - 1]  # of eigenvalues in ascending order
-    values, vectors = scipy.linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
-    values, vectors = values[::-1], vectors[:, ::-1]  # [min(d, d_m)], [d_m, min(d, d_m)]
-    sign = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
-    real = values > max(1e-12 * values[0], np.finfo(np.float64).tiny)
-    basis = torch.from_numpy(vectors * sign * real / np.sqrt(np.where(real, values, 1))).to(x)
-    return F.pad(x @ basis, (0, dim - basis.shape[1]))
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
@@ -246,18 +224,18 @@ class Teacher(nn.Module):
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device | str = "cpu"):
         super().__init__()
-        self.config, (n_users, n_items) = config, dataset.train.shape
-        self.features = {m: standardise(torch.from_numpy(x).to(device, torch.float32))
+        self.config = config
+        self.features = {m: data.standardise(torch.from_numpy(x).to(device, torch.float32))
                          for m, x in dataset.features.items()}
-        tokens = [pca_tokens(x, config.dim) for x in self.features.values()]
+        tokens = [data.pca_tokens(x, config.dim) for x in self.features.values()]  # η(x^m), Eq. 3
         side_by_side = config.tokens == "concat"
         self.tokens = torch.cat(tokens, 1) if side_by_side else sum(tokens) / len(tokens)
-        lifted = torch.cat([self.tokens, self.tokens.new_ones(n_items, 1)], 1)  # T₁ = [tokens, 1]
+        lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]
         self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
         self.root = {m: root(g) for m, g in self.gram.items() if config.prompt_rows == "unit"}
         self.graph = Graph(dataset.train, device)
         self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
-        self.user, self.item = table(n_users, config.dim), table(n_items, config.dim)
+        self.user, self.item = (table(rows, config.dim) for rows in dataset.train.shape)
         widths = [x.shape[1] for x in self.features.values()]  # d_m
         self.reduction = nn.ModuleList(Linear(d_m, config.dim) for d_m in widths)
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
@@ -289,14 +267,14 @@ class Teacher(nn.Module):
     def forward(self, fixed: tuple | None = None) -> Encoded:
         """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
         (teacher_user, teacher_item), layers = fixed or self.fixed()
-        user_modal, item_modal, reduced, c = {}, {}, {}, self.config.fusion
+        user_modal, item_modal, reduced = {}, {}, {}
+        c, target = self.config.fusion, self.config.modal_target
         prompt = self.prompt(self.tokens)  # p, Eq. 3
         for m, (xw, gw, bias) in layers.items():
             f = reduced[m] = self.reduce(m, xw, gw, bias, prompt)
             user = user_modal[m] = self.graph.to_users(f)  # F_u = Â_ui f
             item = torch.where(self.isolated, f, self.graph.to_items(user))  # F_i = Â_iu F_u
-            variants = {"propagated": item, "mean": (f + item) / 2, "reduced": f}
-            item = item_modal[m] = variants[self.config.modal_target]
+            item = item_modal[m] = {"propagated": item, "mean": (f + item) / 2, "reduced": f}[target]
             teacher_user = teacher_user + c * F.normalize(user, dim=1)
             teacher_item = teacher_item + c * F.normalize(item, dim=1)
         return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
@@ -425,8 +403,6 @@ def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, term
         torch.manual_seed(seed)  # dropout
         samples = sampler.epoch(generator.manual_seed(seed), width - 1)
         means = _epoch(learner, optimiser, samples, config.batch, terms)
-        if broken := [name for name, value in means.items() if not np.isfinite(value)]:
-            raise FloatingPointError(f"{stage}, epoch {state['epoch']}: {broken[0]} is not finite")
         state["seconds"] += time.perf_counter() - began
         if state["epoch"] % config.eval_every == 0 or state["epoch"] == config.epochs:
             _validate(run, learner, means, rank)
@@ -439,16 +415,17 @@ def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, term
 def _epoch(learner, optimiser, samples, batch: int, terms) -> dict[str, float]:
     """One pass over the edges; each term's mean. The host waits for the device only at the end."""
     learner.train()
-    totals: dict[str, Tensor] = {}
-    batches = list(zip(*(part.split(batch) for part in samples), strict=True))
-    for users, lists in batches:
+    history = []
+    for users, lists in zip(*(part.split(batch) for part in samples), strict=True):
         parts = terms(users, lists)
         optimiser.zero_grad()
         sum(parts.values()).backward()  # the objective is the sum of this dict
         optimiser.step()
-        totals = {name: totals.get(name, 0.0) + part.detach() for name, part in parts.items()}
-    means = torch.stack(list(totals.values())) / len(batches)
-    return dict(zip(totals, means.tolist(), strict=True))
+        history.append(torch.stack(list(parts.values())).detach())
+    values, names = torch.stack(history).cpu(), list(parts)  # [steps, terms]
+    for step, term in (~values.isfinite()).nonzero().tolist():
+        raise FloatingPointError(f"{names[term]} is not finite, from step {step + 1} of an epoch on")
+    return dict(zip(names, values.mean(0).tolist(), strict=True))
 
 
 def _validate(run: Run, learner: nn.Module, means: dict[str, float], rank) -> None:
@@ -516,7 +493,7 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple
 
 def pipeline(run: Run) -> dict:
     """Both stages and the final evaluation: writes the artefacts, returns metrics.json's content."""
-    config, dataset, began, teacher = run.config, run.dataset, time.perf_counter(), None
+    config, dataset, teacher = run.config, run.dataset, None
     popularity = torch.from_numpy(np.asarray(dataset.train.sum(0))).T.to(run.device)  # [I, 1]
     ranked = {"mostpop": (popularity.new_ones(dataset.train.shape[0], 1), popularity)}
     if config.lambda_pair or config.lambda_list or config.lambda_embed:
@@ -527,9 +504,8 @@ def pipeline(run: Run) -> dict:
             ranked["alone"] = train_student(run, "alone")  # the student without a teacher: LightGCN
     ranked["student"] = train_student(run, "student", teacher)
     user, item = (e.cpu().numpy() for e in ranked["student"])
-    arrays = {"user": user, "item": item,
-              "seen_indptr": dataset.train.indptr, "seen_indices": dataset.train.indices}
-    write(run.folder / "student.npz", lambda stream: np.savez(stream, **arrays))
+    write(run.folder / "student.npz", lambda stream: np.savez(stream, user=user, item=item,
+          seen_indptr=dataset.train.indptr, seen_indices=dataset.train.indices))
     if teacher and teacher.prompt.weight.requires_grad:
         write(run.folder / "prompt.pt", partial(torch.save, teacher.prompt.state_dict()))
         with torch.no_grad():
@@ -541,9 +517,8 @@ def pipeline(run: Run) -> dict:
     if teacher:
         sizes["teacher"] = {"trainable": sum(p.numel() for p in teacher.parameters()),
                             "buffers": sum(x.numel() for x in teacher.features.values())}
-    seconds = {row["stage"]: row["seconds"] for row in run.state["rows"]}
     metrics = {"validation": val, "test": test, "parameters": sizes,
-               "seconds": seconds | {"this_session": time.perf_counter() - began},
+               "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
                "exclude": {"all": "train + val"}.get(config.mask, "train"), "device": str(run.device),
                "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)}}
     write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -569,30 +544,26 @@ def _parser() -> Parser:
                           ("quick", "two epochs a stage: a smoke test"),
                           ("resume", "go on with an interrupted run")):
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
-    for one in fields(Config):
-        kind = one.type if one.type != float | str else lambda t: t if t.isalpha() else float(t)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
-                            help=f"{one.metadata['help']} (default: {one.default})")
+    parser.add_settings(Config)
     return parser
 
 
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
-    name = Path(args.data).resolve().name if args.data else "synthetic"
-    folder, stored = Path(args.out or f"runs/{name}"), {}
+    folder, stored = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}"), {}
     need(args.resume or args.force or data.is_new(folder),
          f"{folder}: exists; expected a new folder, --resume or --force")
     if args.resume:
-        stored = json.loads((folder / "config.json").read_text())
+        with data.reading(file := folder / "config.json"):
+            stored = json.loads(file.read_text())
     source, device = args.data or stored.get("data"), data.pick_device(args.device)
-    preset = PRESETS.get(args.preset or ("" if source else "synthetic"), {})
-    given = preset | stored | vars(args)
+    given = PRESETS.get(args.preset or ("" if source else "synthetic"), {}) | stored | vars(args)
     for mode in MODES:
         given |= MODES[mode] if given[mode] else {}
     config = Config(**{one.name: given[one.name] for one in fields(Config) if one.name in given})
-    dataset = data.load(source, modalities=args.modalities) if source else data.synthetic()
-    facts = {"fingerprint": data.fingerprint(dataset), "device": str(device),
+    chosen = args.modalities or stored.get("modalities", "")
+    dataset = data.load(source, modalities=chosen) if source else data.synthetic()
+    facts = {"fingerprint": data.fingerprint(dataset), "modalities": chosen, "device": str(device),
              "threads": torch.get_num_threads(), **vars(config)}
     for key in facts if stored else ():
         need(facts[key] == stored[key],
@@ -636,7 +607,7 @@ def _recommend(argv: list[str]) -> int:
     parser.add_argument("--k", type=int, default=10, help="length of the list (default: 10)")
     parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: speak in your ids")
     args = parser.parse_args(argv)
-    with np.load(args.run / "student.npz") as saved:
+    with data.reading(file := args.run / "student.npz"), np.load(file) as saved:
         user, item, start, seen = (saved[name] for name in saved.files)
     ids = json.loads(args.ids.read_text()) if args.ids else {
         "users": [str(u) for u in range(len(user))], "items": range(len(item))}

@@ -1,0 +1,204 @@
+"""The commands as people type them: figures, one-line errors, exit statuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT
+
+import data
+import promptmm
+from promptmm import main
+
+ROOT = Path(promptmm.__file__).parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny):
+    """An empty working folder, and a small embedded dataset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "synthetic", lambda: tiny)
+    return tmp_path
+
+
+def error_of(argv, capsys, status=2) -> str:
+    """Run a command that must fail; its one line on stderr."""
+    capsys.readouterr()
+    assert main(argv) == status
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith(("error: ", "interrupted"))]
+    assert len(errors) == 1
+    assert out == ""
+    assert "Traceback" not in err
+    return errors[0]
+
+
+def test_main_prints_the_ladder(here, capsys):
+    assert main([*SHORT, "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    metrics = json.loads((here / "runs/synthetic/metrics.json").read_text())
+    for line, name in zip(lines[1:6], ("mostpop", "alone", "student", "teacher", "teacher_tuned"),
+                          strict=True):
+        assert f"{metrics['test'][name]['recall@20']:.4f}" in line
+        assert f"{metrics['test'][name]['ndcg@20']:.4f}" in line
+    assert "no candidates: train + val" in lines[6]
+    config = json.loads((here / "runs/synthetic/config.json").read_text())
+    assert (config["epochs"], config["dim"], config["data"]) == (2, 8, None)
+
+
+def test_progress_says_what_is_left(here, capsys):
+    assert main([*SHORT, "--student-only"]) == 0
+    [first, *_] = capsys.readouterr().err.splitlines()
+    for word in ("student", "epoch    1", "loss", "validation", "s/epoch", "s left"):
+        assert word in first
+
+
+def test_presets_flags_and_modes_stack(here):
+    assert main(["--preset", "tiktok", "--quick", "--dim", "4", "--beta", "identity",
+                 "--no-tune-prompt", "--out", "run"]) == 0
+    stored = json.loads((here / "run/config.json").read_text())
+    expected = vars(promptmm.Config(**promptmm.PRESETS["tiktok"] | promptmm.MODES["quick"]
+                                    | {"dim": 4, "beta": "identity", "tune_prompt": False}))
+    assert {name: stored[name] for name in expected} == expected
+
+
+def test_every_setting_is_a_flag_with_its_source(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in vars(promptmm.Config()):
+        assert f"--{name.replace('_', '-')}" in text
+    assert "λ₃ of Eq. 12" in text
+
+
+BAD_ARGUMENTS = {
+    "an unknown flag": (["--lamda-list", "1"], "unrecognized arguments: --lamda-list"),
+    "an abbreviation": (["--lambda-l", "1"], "unrecognized arguments: --lambda-l"),
+    "not a number": (["--dim", "many"], "argument --dim: invalid int value: 'many'"),
+    "too small": (["--dim", "0"], "dim: expected 1 <= number < inf, found 0"),
+    "a rate of one": (["--dropout", "1"], "dropout: expected 0 <= number < 1, found 1.0"),
+    "negative": (["--lambda-list", "-1"], "lambda_list: expected 0 <= number < inf, found -1.0"),
+    "NaN": (["--l2", "nan"], "l2: expected 0 <= number < inf, found nan"),
+    "gamma": (["--gamma", "0.5"], "gamma: expected 1 <= number < inf, found 0.5"),
+    "beta": (["--beta", "identy"], "beta: expected identity, found identy"),
+    "a choice": (["--tokens", "sum"], "tokens: expected mean or concat, found sum"),
+    "a preset": (["--preset", "netflix"], "invalid choice: 'netflix'"),
+    "unscored lists": (["--weight-modal", "0"], "weight_modal: expected more than 0"),
+    "a narrow warm start": (["--warm-start", "--dim-student", "4"], "dim_student: expected d"),
+    "a device": (["--device", "tpu"], "--device: expected auto or one of"),
+    "an absent GPU": (["--device", "cuda:63"], "found cuda:63"),
+    "a missing folder": (["--data", "nowhere"], "nowhere: expected a dataset folder, found none"),
+    "nothing to resume": (["--resume"], "config.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line_and_write_nothing(case, here, capsys):
+    argv, message = BAD_ARGUMENTS[case]
+    assert message in error_of(argv, capsys)
+    assert not list(here.iterdir())
+
+
+def test_an_unknown_modality_is_refused(folder, here, capsys):
+    assert "unknown modality 'smell'" in error_of(["--data", str(folder), "--modalities", "smell"],
+                                                  capsys)
+
+
+def test_an_existing_run_is_kept(here, capsys):
+    assert main([*SHORT, "--quick"]) == 0
+    before = (here / "runs/synthetic/metrics.json").read_bytes()
+    assert "exists; expected a new folder, --resume or --force" in error_of(["--quick"], capsys)
+    assert (here / "runs/synthetic/metrics.json").read_bytes() == before
+    (here / "runs/synthetic/mine.txt").write_text("keep")
+    assert main([*SHORT, "--quick", "--force", "--student-only"]) == 0
+    assert not (here / "runs/synthetic/teacher.pt").exists()
+    assert (here / "runs/synthetic/mine.txt").read_text() == "keep"
+    (here / "file").write_text("")
+    assert "exists" in error_of(["--out", "file"], capsys)
+
+
+def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
+    assert main([*SHORT, "--quick", "--out", "run"]) == 0
+    assert main(["--out", "run", "--resume"]) == 0  # finished: the ladder again
+    assert "student" in capsys.readouterr().out
+    assert "expected dim = 8 to resume, found 16" in error_of(
+        ["--out", "run", "--resume", "--dim", "16"], capsys)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    assert "expected threads = 1 to resume, found 63" in error_of(["--out", "run", "--resume"],
+                                                                  capsys)
+    (here / "run/config.json").write_text("{")
+    assert "config.json: cannot be read" in error_of(["--out", "run", "--resume"], capsys)
+
+
+def test_interrupted_and_resumed_by_hand(here, capsys, monkeypatch):
+    """Ctrl-C: one line, status 130, and --resume alone finishes the job."""
+    assert main([*SHORT, "--out", "whole"]) == 0
+    calls, epoch = [], promptmm._epoch
+
+    def stop_at_the_sixth(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return epoch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promptmm, "_epoch", stop_at_the_sixth)
+        assert "--resume goes on" in error_of([*SHORT, "--out", "part"], capsys, status=130)
+    assert main(["--out", "part", "--resume"]) == 0
+    one, two = (json.loads((here / name / "metrics.json").read_text())
+                for name in ("whole", "part"))
+    assert one["test"] == two["test"]
+
+
+def test_a_loss_that_explodes_is_named(here, capsys, monkeypatch):
+    monkeypatch.setattr(promptmm, "l2_penalty", lambda *e: e[0].sum() * torch.nan)
+    assert "l2 is not finite, from step 1" in error_of(SHORT, capsys, status=1)
+
+
+def test_recommend_from_the_artefact_alone(here, tiny, capsys):
+    assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
+    for file in (here / "run").iterdir():
+        if file.name != "student.npz":
+            file.unlink()
+    capsys.readouterr()
+    assert main(["recommend", "--run", "run", "--user", "7", "--k", "5"]) == 0
+    found = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    with np.load("run/student.npz") as saved:
+        scores = saved["item"] @ saved["user"][7]
+    scores[tiny.train[7].indices] = -np.inf
+    expected = np.argsort(-scores, kind="stable")[:5]
+    assert [int(i) for i, _ in found] == expected.tolist()
+    assert [float(s) for _, s in found] == pytest.approx(scores[expected].tolist(), abs=1e-4)
+    (here / "ids.json").write_text(json.dumps({
+        "users": [f"user {u}" for u in range(60)], "items": [f"item {i}" for i in range(40)]}))
+    assert main(["recommend", "--run", "run", "--user", "user 7", "--k", "1",
+                 "--ids", "ids.json"]) == 0
+    assert capsys.readouterr().out.startswith(f"item {expected[0]}\t")
+
+
+def test_recommend_refusals(here, capsys):
+    assert "student.npz" in error_of(["recommend", "--run", "no", "--user", "1"], capsys)
+    assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
+    for argv in (["--user", "60"], ["--user", "-1"], ["--user", "ann"], ["--user", "1", "--k", "0"]):
+        assert "expected --user 0 … 59 and --k 1 or more" in error_of(
+            ["recommend", "--run", "run", *argv], capsys)
+
+
+def test_the_real_command_line(folder, tmp_path):
+    """Once as a process: status, streams, and no traceback."""
+    def command(*argv):
+        return subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = command(ROOT / "promptmm.py", "--data", folder, "--quick", *SHORT, "--out", "run")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 7)
+    assert command(ROOT / "promptmm.py", "recommend", "--run", "run", "--user", "1").returncode == 0
+    broken = command(ROOT / "promptmm.py", "--data", tmp_path / "nowhere")
+    assert (broken.returncode, broken.stdout, broken.stderr.count("\n")) == (2, "", 1)
+    assert command(ROOT / "data.py", "describe", folder).returncode == 0
+    assert command(ROOT / "data.py", "describe", tmp_path).returncode == 2

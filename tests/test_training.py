@@ -1,0 +1,313 @@
+"""Both stages: what learns, what is selected, what is written, and how a run goes on."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, replaced
+from scipy import sparse
+from torch import nn
+
+import data
+import promptmm
+from evaluate import evaluate
+from promptmm import Config, Run, Teacher, fit, pipeline, train_student, train_teacher
+
+ROOT = Path(promptmm.__file__).parent
+
+
+def another(run: Run, name: str, **changes) -> Run:
+    """The same run in another folder, with other settings."""
+    folder = run.folder.parent / name
+    folder.mkdir()
+    return dataclasses.replace(run, folder=folder, state={},
+                               config=dataclasses.replace(run.config, **changes))
+
+
+def log(run: Run) -> list[dict]:
+    return list(csv.DictReader((run.folder / "log.csv").read_text().splitlines()))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def prompt_moved(before: dict, after: dict) -> bool:
+    return not torch.equal(before["prompt.weight"], after["prompt.weight"])
+
+
+@pytest.mark.parametrize("tune", [True, False])
+def test_stage_2_freezes_the_teacher_and_its_dropout(tune, run, monkeypatch):
+    """θ_T bit for bit; θ_P moves if and only if it is tuned; eval mode at every step."""
+    run = another(run, "other", tune_prompt=tune)
+    teacher = train_teacher(run)
+    assert not teacher.training
+    before, modes, true_terms = weights(teacher), [], promptmm.student_terms
+
+    def spy(*arguments):
+        modes.append(teacher.training)
+        return true_terms(*arguments)
+
+    monkeypatch.setattr(promptmm, "student_terms", spy)
+    train_student(run, "student", teacher)
+    assert modes
+    assert not any(modes)
+    after = weights(teacher)
+    for name in before:
+        assert name.startswith("prompt") or torch.equal(before[name], after[name]), name
+    assert prompt_moved(before, after) == tune
+
+
+def test_a_frozen_prompt_computes_the_teacher_once(run, monkeypatch):
+    run = another(run, "other", tune_prompt=False)
+    teacher, calls = train_teacher(run), []
+    forward = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda *a: calls.append(1) or forward(*a))
+    train_student(run, "student", teacher)
+    assert len(calls) == 1
+
+
+def test_unanchored_untaught_prompt_stays(run):
+    """The student's own BPR has no path to θ_P (errata P11)."""
+    run = another(run, "other", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0,
+                  weight_anchor=0.0)
+    teacher = train_teacher(run)
+    before = weights(teacher)
+    train_student(run, "student", teacher)
+    assert not prompt_moved(before, weights(teacher))
+
+
+class Two(nn.Module):
+    """Two parameters, each with its own loss term."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.item = (nn.Parameter(torch.ones(n, 2)) for n in (60, 40))
+
+
+def fit_two(run, terms, module=None):
+    module = module or Two()
+    fit(run, "student", module, [{"params": list(module.parameters()), "lr": 0.1}], 2,
+        lambda users, lists: terms(module), lambda: (module.user, module.item))
+    return module
+
+
+def test_the_objective_is_the_sum_of_its_terms(run):
+    module = fit_two(run, lambda m: {"one": m.user.square().sum(), "two": 3 * m.item.square().sum()})
+    assert (module.user < 0.99).all()
+    assert (module.item < 0.99).all()
+    row = log(run)[0]
+    assert float(row["loss"]) == pytest.approx(float(row["one"]) + float(row["two"]), rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name(run):
+    with pytest.raises(FloatingPointError, match="two is not finite, from step 1 of an epoch on"):
+        fit_two(run, lambda m: {"one": m.user.sum(), "two": m.item.sum() * torch.inf})
+    assert not (run.folder / "state.pt").exists()
+
+
+def fake_evaluations(monkeypatch, recalls):
+    """Validation as written in a list; returns what was asked for."""
+    asked, values = [], iter(recalls)
+
+    def scripted(user, item, target, exclude):
+        asked.append((target, exclude))
+        return {"recall@20": next(values), "ndcg@20": 0.0}
+
+    monkeypatch.setattr(promptmm, "evaluate", scripted)
+    return asked
+
+
+def test_patience_and_the_selected_epoch(run, monkeypatch):
+    """Best at the third evaluation, then two without a better one; its weights come back."""
+    run = another(run, "other", epochs=50, eval_every=2, patience=2)
+    asked = fake_evaluations(monkeypatch, [0.1, 0.2, 0.4, 0.4, 0.3])
+    seen = []
+    module = fit_two(run, lambda m: seen.append(m.user[0, 0].item()) or {"one": m.user.sum()})
+    rows = log(run)
+    assert [int(row["epoch"]) for row in rows] == [2, 4, 6, 8, 10]
+    steps = len(seen) // 10
+    assert module.user[0, 0].item() == pytest.approx(seen[6 * steps])  # as epoch 7 begins
+    for target, exclude in asked:
+        assert (target != run.dataset.val).nnz == 0
+        assert (exclude != run.dataset.train).nnz == 0
+
+
+def test_nothing_is_selected_on_the_test_split(run):
+    """Another test split: another figure, the same student to the last bit (errata C5)."""
+    other = another(run, "other")
+    free = (run.dataset.train + run.dataset.val + run.dataset.test).toarray() == 0
+    test = np.zeros(free.shape, np.float32)
+    test[np.arange(60), free.argmax(1)] = 1  # everyone's first free item instead
+    other.dataset = replaced(run.dataset, test=sparse.csr_matrix(test))
+    one, two = pipeline(run), pipeline(other)
+    assert one["test"] != two["test"]
+    assert one["validation"] == two["validation"]
+    with np.load(run.folder / "student.npz") as a, np.load(other.folder / "student.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+@pytest.mark.parametrize("mask", ["all", "train"])
+def test_what_is_unranked_at_test(mask, run, tiny):
+    """Train and validation, or train alone as is the family's habit; the output says which."""
+    run = another(run, "other", mask=mask)
+    metrics = pipeline(run)
+    with np.load(run.folder / "student.npz") as saved:
+        user, item = (torch.from_numpy(saved[name]) for name in ("user", "item"))
+        assert (saved["seen_indices"] == tiny.train.indices).all()
+    figures = {"all": evaluate(user, item, tiny.test, tiny.train + tiny.val),
+               "train": evaluate(user, item, tiny.test, tiny.train)}
+    assert figures["all"] != figures["train"]
+    assert metrics["test"]["student"] == figures[mask]
+    assert metrics["exclude"] == {"all": "train + val", "train": "train"}[mask]
+    assert metrics["validation"]["student"] == evaluate(user, item, tiny.val, tiny.train)
+
+
+def test_run_folder(run, tiny):
+    """What a finished run leaves, and what its files say."""
+    metrics = pipeline(run)
+    assert sorted(f.name for f in run.folder.iterdir()) == [
+        "log.csv", "metrics.json", "prompt.pt", "student.npz", "teacher.pt"]
+    assert metrics == json.loads((run.folder / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        assert set(metrics[split]) == {"mostpop", "teacher", "alone", "student", "teacher_tuned"}
+    d_m = sum(x.shape[1] for x in tiny.features.values())
+    assert metrics["parameters"] == {
+        "student": {"trainable": 100 * 8, "buffers": 0},
+        "teacher": {"trainable": 100 * 8 + d_m * 8 + 2 * 8 + 8 * 8 + 8, "buffers": 40 * d_m}}
+    rows = log(run)
+    assert {row["stage"] for row in rows} == {"teacher", "alone", "student"} == set(
+        metrics["seconds"])
+    columns = {name for row in rows if row["stage"] == "student" for name, v in row.items() if v}
+    assert columns >= {"bpr", "pair_kd", "list_kd", "embed_kd", "l2", "prompt_anchor", "loss"}
+    teacher = Teacher(tiny, run.config)
+    teacher.load_state_dict(torch.load(run.folder / "teacher.pt"))
+    with torch.no_grad():
+        again = evaluate(*teacher.eval()()[:2], tiny.test, tiny.train + tiny.val)
+    assert again == pytest.approx(metrics["test"]["teacher"])  # the stage-1 checkpoint
+    teacher.prompt.load_state_dict(torch.load(run.folder / "prompt.pt"))
+    with torch.no_grad():
+        again = evaluate(*teacher()[:2], tiny.test, tiny.train + tiny.val)
+    assert again == pytest.approx(metrics["test"]["teacher_tuned"])
+
+
+def test_student_alone_is_lightgcn_from_the_same_start(run):
+    """`alone` in a full run and a student-only run are one and the same (Eq. 13 and nothing else)."""
+    full = pipeline(run)
+    only = pipeline(another(run, "only", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0))
+    assert only["test"]["student"] == full["test"]["alone"] != full["test"]["student"]
+    assert not (run.folder.parent / "only" / "teacher.pt").exists()
+
+
+def test_warm_start_copies_the_teacher(run):
+    """Its own storage (errata C7, C24); a fresh student knows nothing of the teacher."""
+    warm = another(run, "warm", warm_start=True, lr_student=0.0, tune_prompt=False)
+    teacher = train_teacher(warm)
+    with torch.no_grad():
+        encoded = teacher()
+    user, item = train_student(warm, "student", teacher)
+    expected = promptmm.lightgcn(teacher.graph, *encoded[:2], warm.config.student_layers)
+    assert torch.allclose(user, expected[0], atol=1e-6)
+    fresh = another(warm, "fresh", warm_start=False)
+    torch.manual_seed(fresh.config.seed)
+    expected = promptmm.Student(fresh.dataset.train, fresh.config)()
+    assert torch.equal(train_student(fresh, "student", teacher)[0], expected[0])
+    assert not torch.equal(expected[0], user)
+
+
+def test_training_beats_popularity(tmp_path):
+    """On planted structure, teacher and student reach 1.3 times MostPop in a few epochs."""
+    dataset = data.synthetic(users=400, items=300, interactions=6000,
+                             dims={"visual": 64, "text": 48})
+    config = Config(dim=16, batch=512, epochs=16, eval_every=4, negatives=4)
+    found = pipeline(Run(tmp_path, dataset, config, torch.device("cpu"), {}))["test"]
+    for model in ("teacher", "student"):
+        assert found[model]["recall@20"] > 1.3 * found["mostpop"]["recall@20"], model
+
+
+# ------------------------------------------------------------------ the same again, and going on
+
+
+def figures(folder: Path) -> dict:
+    """metrics.json without its clock."""
+    return {**json.loads((folder / "metrics.json").read_text()), "seconds": None}
+
+
+def test_one_seed_one_result(run):
+    pipeline(run)
+    pipeline(again := another(run, "again"))
+    pipeline(other := another(run, "other", seed=1))
+    assert figures(run.folder) == figures(again.folder) != figures(other.folder)
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupted(run: Run, monkeypatch, writes: int) -> bool:
+    """Run until the n-th file has been written; false if it finished before."""
+    with monkeypatch.context() as patch:
+        left, true_write = [writes], data.write
+
+        def counted(path, content):
+            true_write(path, content)
+            left[0] -= 1
+            if not left[0]:
+                raise Interruption
+
+        for module in (promptmm, data):
+            patch.setattr(module, "write", counted)
+        try:
+            pipeline(run)
+        except Interruption:
+            return True
+    return False
+
+
+def test_a_run_interrupted_after_any_write_goes_on_to_the_same_result(run, monkeypatch):
+    """Every state in which a killed run can leave its folder, one after the other."""
+    pipeline(run)
+    writes = 1
+    while interrupted(part := another(run, f"part{writes}"), monkeypatch, writes):
+        state = part.folder / "state.pt"
+        again = dataclasses.replace(part, state=torch.load(state) if state.exists() else {})
+        pipeline(again)
+        assert figures(part.folder) == figures(run.folder), writes
+        logs = [[{**row, "seconds": 0} for row in log(r)]
+                for r in (run, again)]
+        assert logs[0] == logs[1]
+        writes += 1
+    assert writes > 20
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_killed_for_real_and_resumed(share, folder, tmp_path):
+    """SIGKILL through the command line, partway through the log of an uninterrupted run."""
+    command = [sys.executable, str(ROOT / "promptmm.py"), "--data", str(folder), *SHORT,
+               "--epochs", "30", "--patience", "30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(whole)], env=environment, check=True,
+                   capture_output=True)
+    lines = len((whole / "log.csv").read_text().splitlines())
+    process = subprocess.Popen([*command, "--out", str(killed)], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = killed / "log.csv"
+    while not log.exists() or len(log.read_text().splitlines()) < share * lines:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "metrics.json").exists()
+    subprocess.run([*command, "--out", str(killed), "--resume"], env=environment, check=True,
+                   capture_output=True)
+    assert figures(killed) == figures(whole)
