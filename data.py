@@ -26,10 +26,11 @@ from scipy import linalg, sparse
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
-LAYOUTS = {  # the files of each split, the first that is there; MMRec's <name>.inter comes last
+LAYOUTS = {  # the files of each split, the first that is there
     "native": [["train.npz"], ["val.npz"], ["test.npz"]],
     "DiffMM": [["trnMat.pkl"], ["valMat.pkl"], ["tstMat.pkl"]],
     "MMSSL / PromptMM": [[f"{split}_mat", f"{split}.json"] for split in SPLITS],
+    "MMRec": [["*.inter"]] * 3,  # one file, <name>.inter, for all
 }
 
 
@@ -69,8 +70,8 @@ def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
     print(f"{folder}: {layout} layout", file=sys.stderr)
     features = _features(folder, modalities)
     cells = {split: _read(file, SPLITS.index(split)) for split, file in files.items()}
-    matrices = _matrices(files, cells, n_items=len(next(iter(features.values()))))
-    dataset = Dataset(folder.resolve().name, **matrices, features=features)
+    splits = _matrices(files, cells, n_items=len(next(iter(features.values()))))
+    dataset = Dataset(folder.resolve().name, **splits, features=features)
     for warning in validate(dataset, str(folder)) if check else ():
         _warn(warning)
     return dataset
@@ -83,16 +84,14 @@ def _warn(message: str) -> None:
 def _layout(folder: Path) -> tuple[str, dict[str, Path]]:
     """The first layout of which a file is there, and the file of each split."""
     for layout, splits in LAYOUTS.items():
-        found = [[folder / n for n in names if (folder / n).is_file()][:1] for names in splits]
+        found = [[f for name in names for f in folder.glob(name)] for names in splits]
         if any(found):
             for names, files in zip(splits, found, strict=True):
                 need(files, f"{folder}: {layout} layout, expected also {' or '.join(names)}")
-            return layout, {split: file for split, [file] in zip(SPLITS, found, strict=True)}
-    inter = sorted(folder.glob("*.inter"))
-    known = ", ".join(f"{layout} ({names[0][0]} …)" for layout, names in LAYOUTS.items())
-    need(len(inter) == 1, f"{folder}: no recognised layout, expected {known} or MMRec (one "
-                          f"<name>.inter, found {len(inter)})")
-    return "MMRec", dict.fromkeys(SPLITS, inter[0])
+            need(len(found[0]) == 1 or layout != "MMRec", f"{folder}: expected one .inter file")
+            return layout, {split: files[0] for split, files in zip(SPLITS, found, strict=True)}
+    known = ", ".join(f"{layout} ({splits[0][0]} …)" for layout, splits in LAYOUTS.items())
+    raise DataError(f"{folder}: no recognised layout, expected one of {known}")
 
 
 @contextlib.contextmanager
@@ -226,7 +225,6 @@ def validate(dataset: Dataset, where: str = "") -> list[str]:
         need(not both, f"{where}: expected disjoint splits, found {both} cells in {one} and {two}")
     full = (np.diff(train.indptr) == shape[1]).sum()
     need(not full, f"{where}: expected a negative for every user, {full} users have every item")
-    need(dataset.features, f"{where}: expected at least one modality, found no features")
     for m, x in dataset.features.items():
         file = f"{where}: {m}_feat.npy"
         need(x.ndim == 2 and len(x) == shape[1],
@@ -258,9 +256,8 @@ def describe(dataset: Dataset) -> dict[str, str | int]:
     figures = {"dataset": dataset.name, "users": users, "items": items, "interactions": total,
                **sizes, "density": f"{100 * total / max(1, users * items):.3g} %"}
     for m, x in dataset.features.items():
-        repeated = len(x) - len({row.tobytes() for row in x})
-        figures[f"features {m}"] = (f"{' x '.join(map(str, x.shape))}, {(~x.any(1)).sum()} zero "
-                                    f"rows, {repeated} repeated rows")
+        zero, repeated = (~x.any(1)).sum(), len(x) - len({row.tobytes() for row in x})
+        figures[f"features {m}"] = f"{len(x)} x {x.shape[1]}, {zero} zero, {repeated} repeated rows"
     figures["users without training items"] = int((np.diff(train.indptr) == 0).sum())
     figures["items never trained"] = items - len(np.unique(train.indices))
     return figures | {f"in both {one} and {two}": both for one, two, both in _overlaps(dataset)}
@@ -268,8 +265,8 @@ def describe(dataset: Dataset) -> dict[str, str | int]:
 
 def fingerprint(dataset: Dataset) -> str:
     """Equal for equal data, whatever the folder."""
-    matrices = [np.array(getattr(dataset, split).nonzero()).tolist() for split in SPLITS]
-    content = pickle.dumps((dataset.train.shape, matrices, dataset.features))
+    cells = [np.array(getattr(dataset, split).nonzero()) for split in SPLITS]
+    content = pickle.dumps((dataset.train.shape, cells, dataset.features))
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -294,15 +291,10 @@ def write_table(path: Path, rows: list[dict]) -> None:
     write(path, "".join(",".join(line) + "\n" for line in lines))
 
 
-def is_new(folder: Path) -> bool:
-    """Nothing is there that writing would mix with."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-
-
 def save(dataset: Dataset, path: str | Path, ids: dict | None = None) -> None:
     """Write the native layout to a new folder, whole or not at all; `ids` becomes ids.json."""
     folder = Path(path)
-    need(is_new(folder), f"{folder}: exists, expected a new or empty folder to write to")
+    need(not folder.exists(), f"{folder}: exists, expected a new folder to write to")
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -329,8 +321,7 @@ def split_interactions(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray
     """
     order = np.lexsort((rng.random(len(rows)), rows))  # users together, shuffled within
     count = np.bincount(rows, minlength=1)
-    rank = np.empty(len(rows), np.int64)
-    rank[order] = np.arange(len(rows)) - np.repeat(count.cumsum() - count, count)
+    rank = np.argsort(order) - (count.cumsum() - count)[rows]  # of each among its user's
     held = np.where(count >= 3, np.maximum(1, np.rint(count / 10)), 0).astype(np.int64)[rows]
     return np.where(rank < held, 2, np.where(rank < 2 * held, 1, 0))
 
@@ -350,18 +341,18 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
         need(len(columns) == 2, f"expected columns user (or user_id) and item, found {header}")
         pairs = [tuple(row[i].strip() for i in columns) for row in rows if row]
     arrays = {m: read_features(file) for m, file in features.items()}
-    need(arrays and pairs, f"{log}: expected interactions and --features MODALITY=FILE.npy, found "
-                           f"{len(pairs)} and {len(arrays)}")
+    need(arrays and pairs, f"{log}: expected interactions and --features MODALITY=FILE.npy, "
+                           f"found {len(pairs)} and {len(arrays)}")
     n_items = len(next(iter(arrays.values())))
     with reading(items or log):
         names = items.read_text().split("\n") if items else map(str, range(n_items))
     names = [name.strip() for name in names if name.strip()]
-    need(len(names) == len(set(names)) == n_items, f"{items}: expected {n_items} ids, one a feature "
-         f"row, found {len(names)}, {len(set(names))} of them different")
+    need(len(names) == len(set(names)) == n_items, f"{items}: expected {n_items} different ids, "
+         f"one a feature row, found {len(names)}, {len(set(names))} of them different")
     column = {name: i for i, name in enumerate(names)}
     strange = sorted({item for _, item in pairs if item not in column})
-    need(not strange, f"{log}: expected items of {items or 'the feature rows, 0 on'}, found "
-                      f"{len(strange)} others, such as {strange[:3]}")
+    need(not strange, f"{log}: expected items of {items or 'the feature rows'}, "
+                      f"found {len(strange)} others, such as {strange[:3]}")
     row = {name: i for i, name in enumerate(dict.fromkeys(user for user, _ in pairs))}
     cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)
     if len(cells) < len(pairs):
@@ -430,11 +421,11 @@ def _choose(taste, factors, popularity, activity, unexplained, rng, chunk=1024) 
     for start in range(0, len(taste), chunk):
         rows = slice(start, start + chunk)
         by_taste = taste[rows] @ factors.T * 0.8 + popularity  # [chunk, I]
-        noise = -np.log(rng.standard_exponential((2, *by_taste.shape), np.float32) + np.float32(1e-30))
+        noise = rng.standard_exponential((2, *by_taste.shape), np.float32) + np.float32(1e-30)
         count = activity[rows]
         explained = count - rng.binomial(count, unexplained)
-        chosen = _largest(by_taste + noise[0], explained)
-        rest = np.where(chosen, -np.inf, popularity + noise[1])
+        chosen = _largest(by_taste - np.log(noise[0]), explained)
+        rest = np.where(chosen, -np.inf, popularity - np.log(noise[1]))
         user, item = np.nonzero(chosen | _largest(rest, count - explained))
         cells.append(np.column_stack([user + start, item]))
     return np.concatenate(cells)
@@ -470,6 +461,12 @@ def pca_tokens(x: Tensor, dim: int) -> Tensor:
     return F.pad(x @ basis, (0, dim - basis.shape[1]))
 
 
+def root(gram: Tensor) -> Tensor:
+    """C with CCᵀ = GGᵀ, so that ‖row of p (pᵀX)‖ = ‖row of p ΘᵀC‖; GGᵀ may be singular."""
+    values, vectors = torch.linalg.eigh((gram.double() @ gram.double().T).cpu())
+    return (vectors * values.clamp(min=0).sqrt()).to(gram)
+
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -501,12 +498,10 @@ class Sampler:
 
     def epoch(self, generator: torch.Generator, negatives: int = 1) -> tuple[Tensor, Tensor]:
         """All edges in random order: users [E], and lists [E, 1 + negatives], column 0 positive."""
-        lists = self.item.new_empty(len(self.item), 1 + negatives)
-        lists[:, 0] = self.item
-        for k in range(negatives):  # columns in turn: users ascend, so the searches stay in cache
-            lists[:, 1 + k] = self.negatives(self.user, generator)
+        # Column by column, users ascending: the binary searches stay in cache.
+        drawn = [self.negatives(self.user, generator) for _ in range(negatives)]
         order = torch.randperm(len(self.user), generator=generator, device=self.user.device)
-        return self.user[order], lists[order]
+        return self.user[order], torch.stack([self.item, *drawn], 1)[order]
 
 
 # ---------------------------------------------------------------- command line
@@ -529,8 +524,9 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self, config: type) -> None:
         """A flag for each field of a dataclass; one that is not given stays out of the result."""
         for one in fields(config):
-            number = one.type if one.type != float | str else lambda t: t if t.isalpha() else float(t)
-            how = {"type": number} if one.type is not bool else {"action": argparse.BooleanOptionalAction}
+            either = one.type == float | str
+            how = {"type": (lambda t: t if t.isalpha() else float(t)) if either else one.type}
+            how = {"action": argparse.BooleanOptionalAction} if one.type is bool else how
             self.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
                               help=f"{one.metadata['help']} (default: {one.default})")
 

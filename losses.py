@@ -15,7 +15,7 @@ TINY_NORM = 1e-6  # a row shorter than this has no direction to compare
 
 
 class _Scores(torch.autograd.Function):
-    """y_bk = ⟨user[users_b], item[lists_bk]⟩, with a backward pass that adds rows where they belong.
+    """y_bk = ⟨user[users_b], item[lists_bk]⟩, with a backward pass that adds rows in their place.
 
     Autograd's own would be as right, but slower by half: it copies the [B, K, d] gradient.
     """
@@ -30,7 +30,7 @@ class _Scores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         user, item, users, lists = ctx.saved_tensors
-        by_user = F.embedding_bag(lists, item, mode="sum", per_sample_weights=gradient)  # [B, d]
+        by_user = F.embedding_bag(lists, item.detach(), mode="sum", per_sample_weights=gradient)
         by_item = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
         to_user = torch.zeros_like(user).index_add_(0, users, by_user)
         to_item = torch.zeros_like(item).index_add_(0, lists.flatten(), by_item.flatten(0, 1))

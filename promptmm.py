@@ -145,7 +145,7 @@ class Product(torch.autograd.Function):
     def forward(ctx, matrix, transposed, x):
         ctx.matrix, ctx.transposed = matrix, transposed
         return matrix @ x if x.is_cuda else F.embedding_bag(
-            matrix.col_indices(), x, matrix.crow_indices(), mode="sum",
+            matrix.col_indices(), x.detach(), matrix.crow_indices(), mode="sum",
             per_sample_weights=matrix.values(), include_last_offset=True)
 
     @staticmethod
@@ -156,7 +156,7 @@ class Product(torch.autograd.Function):
 class Graph:
     """Â's two blocks, each the other's transpose: all of Â that is not zero."""
 
-    def __init__(self, train: sparse.csr_matrix, device: torch.device | str = "cpu"):
+    def __init__(self, train: sparse.csr_matrix, device="cpu"):
         nodes, n_users = adjacency(train), train.shape[0]
         blocks = nodes[:n_users, n_users:], nodes[n_users:, :n_users]
         self.ui, self.iu = (  # Â_ui [U, I], Â_iu [I, U]
@@ -189,11 +189,6 @@ def table(rows: int, dim: int) -> nn.Parameter:
 # ---------------------------------------------------------------- prompt
 
 
-def dropout(x: Tensor, rate: float) -> Tensor:
-    """ϱ of Eq. 4. On a CPU, comparing uniforms is twice as fast as torch's Bernoulli draws."""
-    return x * ((torch.rand_like(x) >= rate) / (1 - rate)) if rate else x
-
-
 class Linear(nn.Linear):
     """x Wᵀ + b, Xavier and zero."""
 
@@ -222,17 +217,16 @@ class Encoded(NamedTuple):
 class Teacher(nn.Module):
     """T of Eq. 1, with any number of modalities. θ_T: tables and reductions; θ_P: `prompt`."""
 
-    def __init__(self, dataset: Dataset, config: Config, device: torch.device | str = "cpu"):
+    def __init__(self, dataset: Dataset, config: Config, device="cpu"):
         super().__init__()
         self.config = config
         self.features = {m: data.standardise(torch.from_numpy(x).to(device, torch.float32))
                          for m, x in dataset.features.items()}
-        tokens = [data.pca_tokens(x, config.dim) for x in self.features.values()]  # η(x^m), Eq. 3
-        side_by_side = config.tokens == "concat"
-        self.tokens = torch.cat(tokens, 1) if side_by_side else sum(tokens) / len(tokens)
+        eta = [data.pca_tokens(x, config.dim) for x in self.features.values()]  # η(x^m), Eq. 3
+        self.tokens = torch.cat(eta, 1) if config.tokens == "concat" else sum(eta) / len(eta)
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]
         self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX [width + 1, d_m]
-        self.root = {m: root(g) for m, g in self.gram.items() if config.prompt_rows == "unit"}
+        self.root = {m: data.root(g) for m, g in self.gram.items() if config.prompt_rows == "unit"}
         self.graph = Graph(dataset.train, device)
         self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
         self.user, self.item = (table(rows, config.dim) for rows in dataset.train.shape)
@@ -262,28 +256,23 @@ class Teacher(nn.Module):
                 norm = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True) / len(prompt)
                 shift = shift / norm.clamp(min=1e-12)
             f = f + self.config.lambda_prompt * shift
-        return dropout(f, self.config.dropout) if self.training else f
+        keep = 1 - self.config.dropout  # comparing uniforms is twice as fast as F.dropout on a CPU
+        return f * ((torch.rand_like(f) < keep) / keep) if self.training else f  # ϱ
 
     def forward(self, fixed: tuple | None = None) -> Encoded:
         """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
         (teacher_user, teacher_item), layers = fixed or self.fixed()
         user_modal, item_modal, reduced = {}, {}, {}
-        c, target = self.config.fusion, self.config.modal_target
+        c, kind = self.config.fusion, self.config.modal_target
         prompt = self.prompt(self.tokens)  # p, Eq. 3
         for m, (xw, gw, bias) in layers.items():
             f = reduced[m] = self.reduce(m, xw, gw, bias, prompt)
             user = user_modal[m] = self.graph.to_users(f)  # F_u = Â_ui f
             item = torch.where(self.isolated, f, self.graph.to_items(user))  # F_i = Â_iu F_u
-            item = item_modal[m] = {"propagated": item, "mean": (f + item) / 2, "reduced": f}[target]
+            item = item_modal[m] = {"propagated": item, "mean": (f + item) / 2, "reduced": f}[kind]
             teacher_user = teacher_user + c * F.normalize(user, dim=1)
             teacher_item = teacher_item + c * F.normalize(item, dim=1)
         return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
-
-
-def root(gram: Tensor) -> Tensor:
-    """C with CCᵀ = GGᵀ, so that ‖row of p (pᵀX)‖ = ‖row of p ΘᵀC‖; GGᵀ may be singular."""
-    values, vectors = torch.linalg.eigh((gram.double() @ gram.double().T).cpu())
-    return (vectors * values.clamp(min=0).sqrt()).to(gram)
 
 
 # ---------------------------------------------------------------- student
@@ -292,7 +281,7 @@ def root(gram: Tensor) -> Tensor:
 class Student(nn.Module):
     """S of Eq. 2: LightGCN over its own tables, and nothing else at inference."""
 
-    def __init__(self, train: sparse.csr_matrix, config: Config, device: torch.device | str = "cpu"):
+    def __init__(self, train: sparse.csr_matrix, config: Config, device="cpu"):
         super().__init__()
         self.layers, self.graph = config.student_layers, Graph(train, device)
         dim = config.dim_student or config.dim
@@ -313,8 +302,8 @@ def bpr_terms(model: nn.Module, logits: Tensor, users: Tensor, lists: Tensor, l2
     """Eq. 13: BPR, and ‖Θ‖² on the triplets' layer-0 embeddings."""
     terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
     if l2:
-        positive, negative = (model.item.index_select(0, lists[:, k]) for k in (0, 1))
-        terms["l2"] = l2 * l2_penalty(model.user.index_select(0, users), positive, negative)
+        items = model.item.index_select(0, lists[:, :2].flatten())  # positives and negatives
+        terms["l2"] = l2 * l2_penalty(model.user.index_select(0, users), items)
     return terms
 
 
@@ -424,7 +413,7 @@ def _epoch(learner, optimiser, samples, batch: int, terms) -> dict[str, float]:
         history.append(torch.stack(list(parts.values())).detach())
     values, names = torch.stack(history).cpu(), list(parts)  # [steps, terms]
     for step, term in (~values.isfinite()).nonzero().tolist():
-        raise FloatingPointError(f"{names[term]} is not finite, from step {step + 1} of an epoch on")
+        raise FloatingPointError(f"{names[term]} is not finite, from step {step + 1} of an epoch")
     return dict(zip(names, values.mean(0).tolist(), strict=True))
 
 
@@ -440,13 +429,14 @@ def _validate(run: Run, learner: nn.Module, means: dict[str, float], rank) -> No
         best = {name: weight.clone() for name, weight in learner.state_dict().items()}
         state |= {"recall": recall, "stale": 0, "best": best}
     row = {name: state[name] for name in ("stage", "epoch", "seconds")} | {"recall@20": recall}
-    state.setdefault("rows", []).append({**row, "ndcg@20": found["ndcg@20"], "loss": loss, **means})
+    row |= {"ndcg@20": found["ndcg@20"], "loss": loss, **means}
+    state["rows"] = [*state.get("rows", []), row]
     data.write_table(run.folder / "log.csv", state["rows"])
     most, pace = config.epochs - state["epoch"], state["seconds"] / state["epoch"]
     least = min(most, (config.patience - state["stale"]) * config.eval_every)
     print(f"{state['stage']:8}epoch {state['epoch']:4}  loss {loss:.4f}  validation {recall:.4f}  "
-          f"best {state['recall']:.4f}  {pace:.2f} s/epoch, {least * pace:.0f} to {most * pace:.0f} "
-          "s left", file=sys.stderr, flush=True)
+          f"best {state['recall']:.4f}  {pace:.2f} s/epoch, left: {least * pace:.0f} to "
+          f"{most * pace:.0f} s", file=sys.stderr, flush=True)
 
 
 def train_teacher(run: Run) -> Teacher:
@@ -454,8 +444,7 @@ def train_teacher(run: Run) -> Teacher:
     torch.manual_seed(run.config.seed)
     teacher = Teacher(run.dataset, run.config, run.device)
     groups = [{"params": list(teacher.parameters()), "lr": run.config.lr_teacher}]
-    fit(run, "teacher", teacher, groups, 2,
-        lambda users, lists: teacher_terms(teacher, users, lists), lambda: teacher()[:2])
+    fit(run, "teacher", teacher, groups, 2, partial(teacher_terms, teacher), lambda: teacher()[:2])
     return teacher.eval().requires_grad_(False)
 
 
@@ -492,7 +481,7 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple
 
 
 def pipeline(run: Run) -> dict:
-    """Both stages and the final evaluation: writes the artefacts, returns metrics.json's content."""
+    """Both stages and the final evaluation: writes the artefacts, returns those of metrics.json."""
     config, dataset, teacher = run.config, run.dataset, None
     popularity = torch.from_numpy(np.asarray(dataset.train.sum(0))).T.to(run.device)  # [I, 1]
     ranked = {"mostpop": (popularity.new_ones(dataset.train.shape[0], 1), popularity)}
@@ -501,7 +490,7 @@ def pipeline(run: Run) -> dict:
         with torch.no_grad():
             ranked["teacher"] = teacher()[:2]
         if config.alone:
-            ranked["alone"] = train_student(run, "alone")  # the student without a teacher: LightGCN
+            ranked["alone"] = train_student(run, "alone")  # without a teacher it is LightGCN
     ranked["student"] = train_student(run, "student", teacher)
     user, item = (e.cpu().numpy() for e in ranked["student"])
     write(run.folder / "student.npz", lambda stream: np.savez(stream, user=user, item=item,
@@ -517,9 +506,9 @@ def pipeline(run: Run) -> dict:
     if teacher:
         sizes["teacher"] = {"trainable": sum(p.numel() for p in teacher.parameters()),
                             "buffers": sum(x.numel() for x in teacher.features.values())}
-    metrics = {"validation": val, "test": test, "parameters": sizes,
+    metrics = {"validation": val, "test": test, "parameters": sizes, "device": str(run.device),
                "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
-               "exclude": {"all": "train + val"}.get(config.mask, "train"), "device": str(run.device),
+               "exclude": {"all": "train + val", "train": "train"}[config.mask],
                "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)}}
     write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
     for name in WORKING_FILES:
@@ -551,7 +540,7 @@ def _parser() -> Parser:
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
     folder, stored = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}"), {}
-    need(args.resume or args.force or data.is_new(folder),
+    need(args.resume or args.force or not folder.exists(),
          f"{folder}: exists; expected a new folder, --resume or --force")
     if args.resume:
         with data.reading(file := folder / "config.json"):
@@ -563,15 +552,15 @@ def _start(args: argparse.Namespace) -> Run:
     config = Config(**{one.name: given[one.name] for one in fields(Config) if one.name in given})
     chosen = args.modalities or stored.get("modalities", "")
     dataset = data.load(source, modalities=chosen) if source else data.synthetic()
-    facts = {"fingerprint": data.fingerprint(dataset), "modalities": chosen, "device": str(device),
+    facts = {"data": source and str(Path(source).resolve()), "modalities": chosen,
+             "fingerprint": data.fingerprint(dataset), "device": str(device),
              "threads": torch.get_num_threads(), **vars(config)}
-    for key in facts if stored else ():
+    for key in list(facts)[1:] if stored else ():  # the folder may have moved
         need(facts[key] == stored[key],
              f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
     folder.mkdir(parents=True, exist_ok=True)
     for file in () if stored else FILES + WORKING_FILES:
         (folder / file).unlink(missing_ok=True)
-    facts["data"] = source and str(Path(source).resolve())
     write(folder / "config.json", json.dumps(facts, indent=1))
     file = folder / "state.pt"
     state = torch.load(file, device, weights_only=True) if file.exists() else {}

@@ -54,7 +54,7 @@ def test_main_prints_the_ladder(here, capsys):
 def test_progress_says_what_is_left(here, capsys):
     assert main([*SHORT, "--student-only"]) == 0
     [first, *_] = capsys.readouterr().err.splitlines()
-    for word in ("student", "epoch    1", "loss", "validation", "s/epoch", "s left"):
+    for word in ("student", "epoch    1", "loss", "validation", "s/epoch", "left: "):
         assert word in first
 
 
@@ -185,7 +185,7 @@ def test_recommend_from_the_artefact_alone(here, tiny, capsys):
 def test_recommend_refusals(here, capsys):
     assert "student.npz" in error_of(["recommend", "--run", "no", "--user", "1"], capsys)
     assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
-    for argv in (["--user", "60"], ["--user", "-1"], ["--user", "ann"], ["--user", "1", "--k", "0"]):
+    for argv in (["--user", "60"], ["--user=-1"], ["--user", "ann"], ["--user", "1", "--k", "0"]):
         assert "expected --user 0 … 59 and --k 1 or more" in error_of(
             ["recommend", "--run", "run", *argv], capsys)
 

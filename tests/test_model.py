@@ -13,8 +13,17 @@ from torch.autograd import gradcheck
 
 import data
 from losses import l2_penalty
-from promptmm import (Config, Graph, PromptModule, Student, Teacher, adjacency, lightgcn,
-                      student_terms, teacher_terms)
+from promptmm import (
+    Config,
+    Graph,
+    PromptModule,
+    Student,
+    Teacher,
+    adjacency,
+    lightgcn,
+    student_terms,
+    teacher_terms,
+)
 
 
 def dense_adjacency(train):
