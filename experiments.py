@@ -1,16 +1,20 @@
 """Measurements around the system; the four core modules never import this one.
 
     python experiments.py bench [--threads N] [--data DIR]
+    python experiments.py record RUN ...    keep finished runs' figures in results/
+    python experiments.py readme            put the figures of results/ into README.md
 
 `bench` times what the core claims to be fast against the usual way of doing it, side by side in one
 run on the machine at hand. Every row is a median of repeated calls.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 import data
 from data import DataError, Dataset, Sampler
-from evaluate import evaluate
+from evaluate import evaluate, ladder
 from promptmm import (
     Config,
     Graph,
@@ -31,6 +35,8 @@ from promptmm import (
     student_terms,
     teacher_terms,
 )
+
+ROOT = Path(__file__).parent
 
 # ---------------------------------------------------------------- the usual ways
 
@@ -190,7 +196,7 @@ def bench_bandwidth(dataset: Dataset, config: Config, device: str) -> None:
                lambda users, lists: student_terms(student, config, None, users, lists))
 
     ours = median(epoch, device, 7)
-    show("student-only epoch", ours, note=f"{ours / bound:.2f} x its bandwidth bound, {bound:.4f} s "
+    show("student-only epoch", ours, note=f"{ours / bound:.2f} x its memory bound, {bound:.4f} s "
          f"at {speed / 1e9:.0f} GB/s; {ours / loose:.2f} x if each row is read once, {loose:.4f} s")
 
 
@@ -260,9 +266,67 @@ def bench(args: argparse.Namespace) -> None:
         bench_growth(torch.get_num_threads())
 
 
+# ---------------------------------------------------------------- results
+
+
+def record(args: argparse.Namespace) -> None:
+    """Copy what a finished run found, and how, to results/<dataset>/seed<seed>[-<preset>].json."""
+    for folder in map(Path, args.runs):
+        with data.reading(folder):
+            config = json.loads((folder / "config.json").read_text())
+            metrics = json.loads((folder / "metrics.json").read_text())
+        # The path of the data is the machine's own business; its name is enough.
+        name = config["data"] = Path(config["data"] or "synthetic").name
+        target = ROOT / "results" / name
+        target.mkdir(parents=True, exist_ok=True)
+        rows = (folder / "log.csv").read_text().splitlines()[1:]
+        metrics["epochs"] = {row.split(",")[0]: int(row.split(",")[1]) for row in rows}
+        text = json.dumps({"config": config, "metrics": metrics}, indent=1)
+        data.write(target / f"seed{config['seed']}.json", text)
+        print(f"{folder} -> {target.relative_to(ROOT)}/seed{config['seed']}.json")
+
+
+def first_run() -> str:
+    """The embedded run's table, as the command prints it, and its time."""
+    found = json.loads((ROOT / "results/synthetic/seed0.json").read_text())["metrics"]
+    seconds = sum(value for name, value in found["seconds"].items() if name != "this_session")
+    return (f"{seconds:.1f} s of training on {found['device']}, two cores; it prints:\n\n"
+            f"```text\n{ladder(found)}\n```")
+
+
+def real_data() -> str:
+    """Mean and standard deviation over the recorded seeds of every dataset but the embedded one."""
+    lines = ["| dataset | model | Recall@20 | NDCG@20 | seeds |", "|---|---|---|---|---|"]
+    names = {"mostpop": "MostPop", "alone": "LightGCN (student alone)", "teacher": "teacher",
+             "student": "student, distilled"}
+    for folder in sorted(f for f in (ROOT / "results").iterdir() if f.is_dir()):
+        files = sorted(folder.glob("seed*.json"))
+        runs = [json.loads(file.read_text())["metrics"] for file in files]
+        for key, name in names.items() if folder.name != "synthetic" else ():
+            cells = []
+            for metric in ("recall@20", "ndcg@20"):
+                values = [run["test"][key][metric] for run in runs]
+                cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")
+            lines.append(f"| {folder.name} | {name} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def readme() -> str:
+    """README.md with its figures taken from results/."""
+    text = (ROOT / "README.md").read_text()
+    bench_table = (ROOT / "results/bench.txt").read_text().rstrip()
+    for name, content in (("first run", first_run()), ("real data", real_data()),
+                          ("bench", f"```text\n{bench_table}\n```")):
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        text = f"{before}<!-- {name} -->\n{content}\n<!-- end -->{after}"
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = data.Parser(prog="experiments.py", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("bench", "point"))
+    parser.add_argument("command", choices=("bench", "point", "record", "readme"))
+    parser.add_argument("runs", nargs="*", help="run folders to record")
     parser.add_argument("--data", help="dataset folder (default: generated, CiteULike's size)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
@@ -272,7 +336,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.threads:
             torch.set_num_threads(args.threads)
-        {"bench": bench, "point": point}[args.command](args)
+        if args.command == "readme":
+            data.write(ROOT / "README.md", readme())
+        else:
+            {"bench": bench, "point": point, "record": record}[args.command](args)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

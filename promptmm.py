@@ -68,9 +68,9 @@ class Config:
     teacher_layers: int = setting(2, "L of the teacher's LightGCN (released code)")
     student_layers: int = setting(2, "L of the student's LightGCN (ours; released code: 1)")
     dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (paper: needed; value ours)", 0, 1)
-    fusion: float = setting(0.5, "c, weight of F^m in E^T (released code: .028-.8)")
+    fusion: float = setting(1.0, "c, weight of F^m in E^T (released code: .028-.8)")
     weight_modal: float = setting(0.1, "w_m of stage 1's BPR on F^m (released code: 0-1)")
-    lambda_prompt: float = setting(1.0, "λ₁ of Eq. 4 (released code: .07-9)")
+    lambda_prompt: float = setting(0.1, "λ₁ of Eq. 4 (released code: .07-9)")
     lambda_pair: float = setting(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
     lambda_list: float = setting(0.1, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = setting(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
@@ -88,12 +88,12 @@ class Config:
     lr_teacher: float = setting(5e-3, "AdamW's step in stage 1 (paper: 3.5e-4 to 9.8e-3)")
     lr_student: float = setting(5e-3, "AdamW's step of the student (paper: 2.5e-4 to 8.5e-4)")
     lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in stage 2 (ours)")
-    l2: float = setting(1e-4, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
+    l2: float = setting(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
     weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
     batch: int = setting(2048, "training edges in a step (released code: 512-1024)", 1)
     epochs: int = setting(400, "cap on the epochs of a stage", 1)
     eval_every: int = setting(2, "epochs between validations", 1)
-    patience: int = setting(15, "validations without a better Recall@20 that end a stage", 1)
+    patience: int = setting(10, "validations without a better Recall@20 that end a stage", 1)
     alone: bool = setting(True, "train the student without a teacher too, to compare")
     seed: int = setting(0, "of everything random in training, never of the data")
     mask: str = setting("all", "unranked at test: train + val, or train", choices=("all", "train"))
@@ -127,8 +127,8 @@ def adjacency(train: sparse.csr_matrix) -> sparse.csr_matrix:
 
     Rows without neighbours are zero.
 
-    >>> adjacency(sparse.csr_matrix([[1, 1]])).toarray().round(4)[0].tolist()  # a user, two items
-    [0.0, 0.7071, 0.7071]
+    >>> adjacency(sparse.csr_matrix([[1, 1]])).toarray()[0].round(4)  # a user and two items
+    array([0.    , 0.7071, 0.7071], dtype=float32)
     """
     nodes = sparse.bmat([[None, train], [train.T, None]], format="csr")
     scale = sparse.diags(1 / np.sqrt(np.maximum(np.diff(nodes.indptr), 1)))
