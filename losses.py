@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY_NORM = 1e-6  # a row shorter than this has no direction to compare
-
 
 class _Scores(torch.autograd.Function):
     """y_bk = ⟨user[users_b], item[lists_bk]⟩, with a backward pass that adds rows in their place.
@@ -145,7 +143,7 @@ def embed_kd(student_item: Tensor, modal_item: Tensor, gamma: float = 2.0) -> Te
     if gamma < 1:
         raise ValueError(f"gamma: expected at least 1, found {gamma}")
     norms = student_item.norm(dim=-1), modal_item.norm(dim=-1)  # [I], [I]
-    directed = (norms[0] >= TINY_NORM) & (norms[1] >= TINY_NORM)
+    directed = (norms[0] >= 1e-6) & (norms[1] >= 1e-6)
     # The quotient must be safe on *both* branches of `where`, or its backward pass makes NaN.
     product = torch.where(directed, norms[0] * norms[1], 1.0)
     cosine = torch.where(directed, (student_item * modal_item).sum(-1) / product, 0.0)

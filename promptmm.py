@@ -87,7 +87,7 @@ class Config:
     warm_start: bool = setting(False, "start the student at E^T (released code, errata C24)")
     lr_teacher: float = setting(5e-3, "AdamW's step in stage 1 (paper: 3.5e-4 to 9.8e-3)")
     lr_student: float = setting(5e-3, "AdamW's step of the student (paper: 2.5e-4 to 8.5e-4)")
-    lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in stage 2 (ours)")
+    lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in both stages (ours)")
     l2: float = setting(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
     weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
     batch: int = setting(2048, "training edges in a step (released code: 512-1024)", 1)
@@ -105,17 +105,16 @@ class Config:
             expected = " or ".join(choices) if type(value) is str else f"{low} <= number < {high}"
             need(value in choices if type(value) is str else low <= value < high,
                  f"{one.name}: expected {expected}, found {value}")
-        need(self.weight_modal or not self.lambda_list,  # the scores it distils would mean nothing
-             "weight_modal: expected more than 0 with lambda_list > 0, found 0")
-        need(not self.warm_start or self.dim_student in (0, self.dim),
-             f"dim_student: expected d to start warm, found {self.dim_student}")
+        need(self.weight_modal or not self.lambda_list, "weight_modal: expected > 0 for lists")
+        same = self.dim_student in (0, self.dim)
+        need(same or not self.warm_start, "dim_student: expected 0 or d with warm_start")
 
 
 PRESETS = {"synthetic": {}, "tiktok": {}, "citeulike": {}}  # chosen on validation: see README
 MODES = {"student_only": {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0},
          "quick": {"epochs": 2, "eval_every": 1}}
-WORKING_FILES = ("state.pt", "alone.pt", "student.pt")  # in a run folder while the run lasts
-FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json")
+FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json",
+         "state.pt", "alone.pt", "student.pt")  # of a run folder; the last three while it runs
 
 # ---------------------------------------------------------------- graph
 
@@ -443,7 +442,9 @@ def train_teacher(run: Run) -> Teacher:
     """Stage 1: θ_T and θ_P together. Returns the selected checkpoint, frozen, in eval mode."""
     torch.manual_seed(run.config.seed)
     teacher = Teacher(run.dataset, run.config, run.device)
-    groups = [{"params": list(teacher.parameters()), "lr": run.config.lr_teacher}]
+    own = [p for name, p in teacher.named_parameters() if not name.startswith("prompt.")]  # θ_T
+    groups = [{"params": own, "lr": run.config.lr_teacher},
+              {"params": list(teacher.prompt.parameters()), "lr": run.config.lr_prompt}]
     fit(run, "teacher", teacher, groups, 2, partial(teacher_terms, teacher), lambda: teacher()[:2])
     return teacher.eval().requires_grad_(False)
 
@@ -511,7 +512,7 @@ def pipeline(run: Run) -> dict:
                "exclude": {"all": "train + val", "train": "train"}[config.mask],
                "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)}}
     write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
-    for name in WORKING_FILES:
+    for name in FILES[-3:]:
         (run.folder / name).unlink(missing_ok=True)
     return metrics
 
@@ -559,7 +560,7 @@ def _start(args: argparse.Namespace) -> Run:
         need(facts[key] == stored[key],
              f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in () if stored else FILES + WORKING_FILES:
+    for file in () if stored else FILES:
         (folder / file).unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(facts, indent=1))
     file = folder / "state.pt"

@@ -58,13 +58,14 @@ def code_lines(source: str) -> set[int]:
     """Lines that hold code: no blanks, comments or docstrings."""
     strings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             strings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     ignored = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
                tokenize.ENDMARKER}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {n for token in tokens if token.type not in ignored
-            for n in range(token.start[0], token.end[0] + 1)} - strings
+            for n in range(token.start[0], 1 + token.end[0])} - strings
 
 
 def test_the_core_stays_small():

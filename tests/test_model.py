@@ -300,6 +300,9 @@ def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
     from losses import bpr_loss, embed_kd, list_kd, pair_kd
     config = dataclasses.replace(config, temperature=2.0, alpha=0.5, beta=3.0, gamma=1.5)
     student, encoded, (users, lists) = Student(tiny.train, config), frozen(), batch
+    with torch.no_grad():  # as after some training: logits near 1, not near 0
+        student.user *= 10
+        student.item *= 10
 
     def logits(user, item):
         return torch.stack([user[u] @ item[row].T for u, row in zip(users, lists, strict=True)])
@@ -320,7 +323,7 @@ def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
     found = student_terms(student, config, encoded, users, lists)
     assert found.keys() == expected.keys()
     for name in expected:
-        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-5), name
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), name
 
 
 def test_stage_1_trains_everything(tiny, config, batch):
