@@ -110,7 +110,7 @@ def test_the_objective_is_the_sum_of_its_terms(run):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(run):
-    with pytest.raises(FloatingPointError, match="two is not finite, from step 1 of an epoch on"):
+    with pytest.raises(FloatingPointError, match="two is not finite, from step 1 of an epoch"):
         fit_two(run, lambda m: {"one": m.user.sum(), "two": m.item.sum() * torch.inf})
     assert not (run.folder / "state.pt").exists()
 
