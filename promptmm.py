@@ -41,10 +41,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy
 import torch
 import torch.nn.functional as F
-from scipy import sparse
+from scipy import __version__ as scipy_version, sparse
 from torch import Tensor, nn
 
 import data
@@ -110,7 +109,8 @@ class Config:
         need(same or not self.warm_start, "dim_student: expected 0 or d with warm_start")
 
 
-PRESETS = {"synthetic": {}, "tiktok": {}, "citeulike": {}}  # chosen on validation: see README
+PRESETS = {"tiktok": {"fusion": 0.2}, "citeulike": {"tune_prompt": False}, "synthetic": {
+    "dim": 32, "lr_teacher": 0.02, "lr_student": 0.02, "negatives": 5, "patience": 5}}
 MODES = {"student_only": {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0},
          "quick": {"epochs": 2, "eval_every": 1}}
 FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json",
@@ -509,8 +509,8 @@ def pipeline(run: Run) -> dict:
                             "buffers": sum(x.numel() for x in teacher.features.values())}
     metrics = {"validation": val, "test": test, "parameters": sizes, "device": str(run.device),
                "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
-               "exclude": {"all": "train + val", "train": "train"}[config.mask],
-               "versions": {m.__name__: m.__version__ for m in (torch, np, scipy)}}
+               "exclude": {"all": "train + val", "train": "train"}[config.mask], "versions": {
+                   "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy_version}}
     write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
     for name in FILES[-3:]:
         (run.folder / name).unlink(missing_ok=True)
