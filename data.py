@@ -107,8 +107,7 @@ def reading(file: Path):
 
 def _features(folder: Path, modalities: str) -> dict[str, np.ndarray]:
     files = {f.name.removesuffix("_feat.npy"): f for f in sorted(folder.glob("*_feat.npy"))}
-    need(files, f"{folder}: no feature file, expected <modality>_feat.npy, such as image_feat.npy, "
-                "text_feat.npy or audio_feat.npy")
+    need(files, f"{folder}: no feature file, expected <modality>_feat.npy, such as image_feat.npy")
     wanted = [m.strip() for m in modalities.split(",")] if modalities else list(files)
     for m in wanted:
         need(m in files, f"{folder}: unknown modality {m!r}, expected among {', '.join(files)}")
@@ -126,7 +125,7 @@ def read_features(file: Path) -> np.ndarray:
             return np.ascontiguousarray(array, dtype=np.float32)
 
 
-class _MatrixUnpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """A pickle may run any code it names; here it can name only what a sparse matrix is made of."""
 
     ALLOWED = {
@@ -154,8 +153,7 @@ def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, in
         if file.suffix == ".inter":
             return *_read_inter(file, label), None
         with open(file, "rb") as stream:
-            pickled = file.suffix != ".npz"
-            matrix = _MatrixUnpickler(stream).load() if pickled else sparse.load_npz(stream)
+            matrix = sparse.load_npz(stream) if file.suffix == ".npz" else _Unpickler(stream).load()
         need(sparse.issparse(matrix) and matrix.ndim == 2,
              f"expected a scipy sparse matrix [U, I], found {type(matrix).__name__}")
         if matrix.format in ("csr", "csc"):
@@ -166,21 +164,19 @@ def _read(file: Path, label: int) -> tuple[np.ndarray, np.ndarray, tuple[int, in
 
 
 def _read_json(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    lists = json.loads(file.read_text())
-    need(isinstance(lists, dict) and all(isinstance(items, list) for items in lists.values()),
-         f"expected {{user: [items]}}, found another {type(lists).__name__}")
-    users = [int(user) for user, items in lists.items() for _ in items]
-    items = [item for items in lists.values() for item in items]
-    need({type(item) for item in items} <= {int}, "expected integer item ids, found others")
-    return np.array(users, np.int64), np.array(items, np.int64)
+    lists = read_json(file)
+    need({type(items) for items in lists.values()} <= {list}, "expected {user: [items]}")
+    cells = [(int(user), item) for user, items in lists.items() for item in items]
+    need({type(item) for _, item in cells} <= {int}, "expected integer item ids, found others")
+    return tuple(np.array(cells, np.int64).reshape(-1, 2).T)
 
 
 def _read_inter(file: Path, label: int) -> tuple[np.ndarray, np.ndarray]:
     wanted = ("userID", "itemID", "x_label")
-    with open(file) as stream:
+    with open(file, encoding="utf-8-sig") as stream:
         header = stream.readline().rstrip("\r\n").split("\t")
-        need(set(wanted) <= set(header), f"expected tab-separated columns {wanted}, found {header}")
-        table = np.loadtxt(stream, np.int64, delimiter="\t", ndmin=2,
+        need({header.count(c) for c in wanted} == {1}, f"expected columns {wanted}, found {header}")
+        table = np.loadtxt(stream, np.int64, delimiter="\t", ndmin=2, comments=None,
                            usecols=[header.index(column) for column in wanted])
     need(np.isin(table[:, 2], (0, 1, 2)).all(), "expected x_label 0, 1 or 2, found others")
     return tuple(table[table[:, 2] == label, :2].T)
@@ -191,8 +187,9 @@ def _matrices(files: dict, cells: dict, n_items: int) -> dict[str, sparse.csr_ma
     shapes = {split: shape for split, (_, _, shape) in cells.items() if shape}
     need(len(set(shapes.values())) <= 1,
          f"{files['train'].parent}: expected splits of one shape, found {shapes}")
-    n_users = 1 + max((users.max() for users, *_ in cells.values() if len(users)), default=-1)
-    shape = next(iter(shapes.values()), (int(n_users), n_items))
+    n_users = 1 + max(int(users.max(initial=-1)) for users, *_ in cells.values())
+    need(n_users < 10**8, f"{files['train']}: expected user ids below {10**8}, found {n_users - 1}")
+    shape = next(iter(shapes.values()), (n_users, n_items))
     matrices = {}
     for split, (users, items, _) in cells.items():
         for kind, ids, limit in (("user", users, shape[0]), ("item", items, shape[1])):
@@ -221,8 +218,7 @@ def validate(dataset: Dataset, where: str = "") -> list[str]:
         need(matrix.nnz, f"{where}: empty {split} split, expected at least one interaction")
         if cold := (idle & (np.diff(matrix.indptr) > 0)).sum():
             warnings.append(f"{where}: {cold} {split} users have no training item")
-    for one, two, both in _overlaps(dataset):
-        need(not both, f"{where}: expected disjoint splits, found {both} cells in {one} and {two}")
+    need(not (n := overlap(dataset)), f"{where}: expected disjoint splits, {n} cells are in two")
     full = (np.diff(train.indptr) == shape[1]).sum()
     need(not full, f"{where}: expected a negative for every user, {full} users have every item")
     for m, x in dataset.features.items():
@@ -237,10 +233,9 @@ def validate(dataset: Dataset, where: str = "") -> list[str]:
     return warnings
 
 
-def _overlaps(dataset: Dataset) -> list[tuple[str, str, int]]:
-    pairs = [(one, two, getattr(dataset, one), getattr(dataset, two))
-             for one, two in (("train", "val"), ("train", "test"), ("val", "test"))]
-    return [(one, two, int(a.multiply(b).nnz)) for one, two, a, b in pairs if a.shape == b.shape]
+def overlap(dataset: Dataset) -> int:
+    """How many interactions are in more than one split."""
+    return int(((dataset.train + dataset.val + dataset.test).data > 1).sum())
 
 
 def describe(dataset: Dataset) -> dict[str, str | int]:
@@ -252,21 +247,35 @@ def describe(dataset: Dataset) -> dict[str, str | int]:
     """
     (users, items), train = dataset.train.shape, dataset.train
     sizes = {split: getattr(dataset, split).nnz for split in SPLITS}
-    total = sum(sizes.values())
-    figures = {"dataset": dataset.name, "users": users, "items": items, "interactions": total,
-               **sizes, "density": f"{100 * total / max(1, users * items):.3g} %"}
+    sizes = {"users": users, "items": items, "interactions": sum(sizes.values()), **sizes}
+    density = f"{100 * sizes['interactions'] / max(1, users * items):.3g} %"
+    figures = {"dataset": dataset.name, **sizes, "density": density}
     for m, x in dataset.features.items():
         zero, repeated = (~x.any(1)).sum(), len(x) - len({row.tobytes() for row in x})
         figures[f"features {m}"] = f"{len(x)} x {x.shape[1]}, {zero} zero, {repeated} repeated rows"
     figures["users without training items"] = int((np.diff(train.indptr) == 0).sum())
     figures["items never trained"] = items - len(np.unique(train.indices))
-    return figures | {f"in both {one} and {two}": both for one, two, both in _overlaps(dataset)}
+    return figures | {"interactions in two splits": overlap(dataset)}
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that has these keys, or DataError."""
+    with reading(path):
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        need(isinstance(content, dict) and set(keys) <= set(content), f"expected an object {keys}")
+        return content
+
+
+def read_torch(path: Path, device: torch.device) -> dict:
+    """What torch.save wrote, tensors and plain values only, or DataError."""
+    with reading(path):
+        return torch.load(path, device, weights_only=True)
 
 
 def fingerprint(dataset: Dataset) -> str:
     """Equal for equal data, whatever the folder."""
     cells = [np.array(getattr(dataset, split).nonzero()) for split in SPLITS]
-    content = pickle.dumps((dataset.train.shape, cells, dataset.features))
+    content = pickle.dumps((dataset.train.shape, cells, sorted(dataset.features.items())))
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -333,7 +342,7 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
     `items` names the item of each feature row, one id a line; without it the CSV's item ids are the
     row numbers. Returns the dataset and {"users": [...], "items": [...]}, ids by index.
     """
-    with reading(log), open(log, newline="") as stream:
+    with reading(log), open(log, newline="", encoding="utf-8-sig") as stream:
         rows = csv.reader(stream, delimiter="\t" if log.suffix == ".tsv" else ",")
         header = [name.strip().lower().replace("_", "") for name in next(rows, [])]
         columns = [i for kind in ("user", "item") for i, name in enumerate(header)
@@ -345,7 +354,7 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
                            f"found {len(pairs)} and {len(arrays)}")
     n_items = len(next(iter(arrays.values())))
     with reading(items or log):
-        names = items.read_text().split("\n") if items else map(str, range(n_items))
+        names = items.read_text("utf-8-sig").split("\n") if items else map(str, range(n_items))
     names = [name.strip() for name in names if name.strip()]
     need(len(names) == len(set(names)) == n_items, f"{items}: expected {n_items} different ids, "
          f"one a feature row, found {len(names)}, {len(set(names))} of them different")
@@ -357,25 +366,23 @@ def from_log(log: Path, features: dict[str, Path], items: Path | None = None,
     cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)
     if len(cells) < len(pairs):
         _warn(f"{log}: {len(pairs) - len(cells)} duplicate interactions, merged")
-    label = split_interactions(cells[:, 0], np.random.default_rng(seed))
+    label = split_interactions(cells[:, 0], np.random.default_rng(seed % 2**32))
     dataset = Dataset(log.stem, **_labelled(cells, label, (len(row), n_items)), features=arrays)
     return dataset, {"users": list(row), "items": names}
 
 
 def _labelled(cells: np.ndarray, label: np.ndarray, shape) -> dict[str, sparse.csr_matrix]:
     """Cells [n, 2] and their split 0/1/2 -> one matrix a split."""
-    parts = [cells[label == i].T for i in range(3)]
-    return {split: sparse.csr_matrix((np.ones(part.shape[1], np.float32), tuple(part)), shape)
-            for split, part in zip(SPLITS, parts, strict=True)}
+    return {split: sparse.csr_matrix((np.ones((label == i).sum(), np.float32),
+            tuple(cells[label == i].T)), shape) for i, split in enumerate(SPLITS)}
 
 
 # ---------------------------------------------------------------- the embedded dataset
 
 
-def synthetic(
-    seed: int = 0, users: int = 1500, items: int = 1000, interactions: int = 24_000,
-    dims: dict[str, int] | None = None, unexplained: float = 0.2, unseen: float = 0.03,
-) -> Dataset:
+def synthetic(seed: int = 0, users: int = 1500, items: int = 1000, interactions: int = 24_000,
+              dims: dict[str, int] | None = None, unexplained: float = 0.2,
+              unseen: float = 0.03) -> Dataset:
     """A generated catalogue in which the paper's claims hold *because they were planted*.
 
     It is for watching the method work in a minute, no evidence about the real world. Planted:
@@ -391,7 +398,7 @@ def synthetic(
     rng = np.random.default_rng(seed)
     planted = {"visual": (1.0, 0.5, 30.0), "text": (1.0, 0.5, 0.3), "acoustic": (0.5, 16.0, 3.0)}
     factors, taste, features = [], [], {}
-    for m, d_m in (dims or {"visual": 512, "text": 384, "acoustic": 128}).items():
+    for m, d_m in (dims or {"acoustic": 128, "text": 384, "visual": 512}).items():
         weight, noise, scale = planted.get(m, (1.0, 0.5, 1.0))
         z = rng.standard_normal((items, 6), np.float32)
         distractors = 1.5 * rng.standard_normal((items, 24), np.float32)
@@ -426,8 +433,8 @@ def _choose(taste, factors, popularity, activity, unexplained, rng, chunk=1024) 
         explained = count - rng.binomial(count, unexplained)
         chosen = _largest(by_taste - np.log(noise[0]), explained)
         rest = np.where(chosen, -np.inf, popularity - np.log(noise[1]))
-        user, item = np.nonzero(chosen | _largest(rest, count - explained))
-        cells.append(np.column_stack([user + start, item]))
+        chosen |= _largest(rest, count - explained)
+        cells.append(np.argwhere(chosen) + [start, 0])
     return np.concatenate(cells)
 
 
@@ -442,7 +449,8 @@ def _largest(keys: np.ndarray, count: np.ndarray) -> np.ndarray:
 def standardise(x: Tensor) -> Tensor:
     """x^m centred, over its root-mean-square row norm: one λ₁ then means the same for all m."""
     x = x - x.mean(0)
-    return x / x.square().sum(1).mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    size = x.norm(dtype=torch.float64) / len(x) ** 0.5  # in float32 the squares could overflow
+    return x / size.clamp(min=torch.finfo(x.dtype).tiny).to(x)
 
 
 def pca_tokens(x: Tensor, dim: int) -> Tensor:
@@ -528,7 +536,8 @@ class Parser(argparse.ArgumentParser):
             how = {"type": (lambda t: t if t.isalpha() else float(t)) if either else one.type}
             how = {"action": argparse.BooleanOptionalAction} if one.type is bool else how
             self.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
-                              help=f"{one.metadata['help']} (default: {one.default})")
+                              help=" ".join([one.metadata["help"], *one.metadata["choices"],
+                                             f"(default: {one.default})"]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -558,10 +567,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     *source, out = args.paths
-    need(len(source) == (not args.interactions),
-         f"expected SRC OUT, or OUT with --interactions, found {args.paths}")
+    need(len(source) == (not args.interactions), "expected SRC OUT, or OUT with --interactions")
     if args.interactions:
         files = {m: Path(file) for m, _, file in (pair.partition("=") for pair in args.features)}
+        need(all(m.isidentifier() for m in files), "--features: expected MODALITY=FILE.npy ...")
         dataset, ids = from_log(args.interactions, files, args.items, args.seed)
         for warning in validate(dataset, str(args.interactions)):
             _warn(warning)

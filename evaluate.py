@@ -1,7 +1,7 @@
 """All-ranking evaluation (Section 4.1.2): metrics, significance, recommendation lists.
 
 Every item is a candidate for every user except those in `exclude`; nothing is sampled. Equal scores
-rank the lower item index first on every device, so a figure depends on the embeddings alone.
+rank the lower item index first, on every device.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from scipy import sparse, stats
 from torch import Tensor
 
-CHUNK_SCORES = 2**23  # scores held at once: 32 MiB, the only user-by-item array there ever is
+CHUNK_SCORES = 2**23  # scores held at once, 32 MiB: user-by-item arrays are never larger
 
 
 def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def evaluate(user: Tensor, item: Tensor, target: sparse.csr_matrix, exclude: spa
         if matrix.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
     if not (user.isfinite().all() and item.isfinite().all()):
-        raise ValueError("embeddings: expected finite numbers, found NaN or infinity")
+        raise FloatingPointError("the embeddings became NaN or infinite")
     users = np.flatnonzero(np.diff(target.indptr))
     if not len(users):
         raise ValueError("target: expected at least one interaction, found none")
@@ -103,11 +103,11 @@ def metrics(hits: np.ndarray, targets: np.ndarray, ks: tuple[int, ...]) -> dict[
     return values
 
 
-def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10_000) -> dict:
+def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
     """Is `a` better than `b` for the same users? Values [users], or [seeds, users], averaged first.
 
     Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and two-sided
-    p-values: `p_bootstrap` (users resampled in pairs; never below 1/resamples) and `p_wilcoxon`.
+    p-values: `p_bootstrap` (users resampled in pairs; never below 1/draws) and `p_wilcoxon`.
 
     >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
     >>> result = paired_test(a, b)
@@ -118,14 +118,14 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10
     if a.shape != b.shape:
         raise ValueError(f"paired_test: expected the same users, found {a.size} and {b.size}")
     difference, rng = a - b, np.random.default_rng(seed)
-    # Users with the same difference are interchangeable: draw how often each value comes up.
-    value, count = np.unique(difference, return_counts=True)
-    means = rng.multinomial(a.size, count / a.size, size=resamples) @ value / a.size
+    # Users with the same difference are interchangeable: draw how often each gap comes up.
+    gap, count = np.unique(difference, return_counts=True)
+    means = np.array([rng.multinomial(a.size, count / a.size) @ gap for _ in range(draws)]) / a.size
     low, high = np.quantile(means, [0.025, 0.975])
     one_sided = min((means <= 0).mean(), (means >= 0).mean())
     wilcoxon = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high),
-            "p_bootstrap": float(np.clip(2 * one_sided, 1 / resamples, 1)),
+            "p_bootstrap": float(np.clip(2 * one_sided, 1 / draws, 1)),
             "p_wilcoxon": float(wilcoxon)}
 
 

@@ -270,7 +270,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def record(args: argparse.Namespace) -> None:
-    """Copy what a finished run found, and how, to results/<dataset>/seed<seed>[-<preset>].json."""
+    """Copy what a finished run found, and how, to results/<dataset>/seed<seed>.json."""
     for folder in map(Path, args.runs):
         with data.reading(folder):
             config = json.loads((folder / "config.json").read_text())
@@ -289,7 +289,7 @@ def record(args: argparse.Namespace) -> None:
 def first_run() -> str:
     """The embedded run's table, as the command prints it, and its time."""
     found = json.loads((ROOT / "results/synthetic/seed0.json").read_text())["metrics"]
-    seconds = sum(value for name, value in found["seconds"].items() if name != "this_session")
+    seconds = sum(found["seconds"].values())
     return (f"{seconds:.1f} s of training on {found['device']}, two cores; it prints:\n\n"
             f"```text\n{ladder(found)}\n```")
 

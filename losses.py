@@ -38,7 +38,7 @@ class _Scores(torch.autograd.Function):
 def scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
     """Logits y_list [B, K] of users [B] and their lists of items [B, K], column 0 the positive.
 
-    y_bk = ⟨e_u, e_i⟩ on embeddings user [U, d], item [I, d]; y_pair (Eq. 5) is column 0 - column 1.
+    y_bk = ⟨e_u, e_i⟩ of user [U, d] and item [I, d]; y_1 - y_2 is the margin in y_pair (Eq. 5).
     """
     return _Scores.apply(user, item, users, lists)
 

@@ -19,15 +19,15 @@ comment names the entry of the README's list of differences (P1-P13 paper, C1-C2
     A, E, U, I                dataset.train (scipy CSR, 0/1)             [U, I]
     x^m                       dataset.features["visual"]                 [I, d_m]
     Â, Â_ui, Â_iu             adjacency (scipy CSR); to_users, to_items  [U+I, U+I], [U, I], [I, U]
-    η(x^m), averaged          tokens                                     [I, d]
+    η(x^m)                    tokens (width d, or |M| d side by side)    [I, width]
     p, p^m                    prompt; p^m is never formed                [I, d], [I, d_m]
-    θ_P                       theta: W_P stacked on b_P                  [d+1, d]
+    θ_P                       theta: W_P stacked on b_P                  [width+1, d]
     f^m                       reduced[m]                                 [I, d]
     F_u^m, F_i^m              user_modal[m], item_modal[m]               [U, d], [I, d]
     E_u^T, E_i^T              teacher_user, teacher_item                 [U, d], [I, d]
     E_u^S, E_i^S              student_user, student_item                 [U, d], [I, d]
     y_list                    logits, column 0 the positive              [B, K]
-    y_pair                    margin = logits[:, 0] - logits[:, 1]       [B]
+    y_pair, inside its σ      logits[:, 0] - logits[:, 1], the margin    [B]
 """
 
 import argparse
@@ -54,7 +54,7 @@ from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd, scores
 # ---------------------------------------------------------------- settings
 
 
-def setting(default, meaning: str, low=0, high=np.inf, choices=()):
+def setting(default, meaning: str, choices=(), low=0, high=np.inf):
     return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=choices))
 
 
@@ -62,57 +62,57 @@ def setting(default, meaning: str, low=0, high=np.inf, choices=()):
 class Config:
     """Every setting of a run; each is a flag. Sources: paper section, released code, or ours."""
 
-    dim: int = setting(64, "d, width of the embeddings (paper, Sec. 4.5)", 1)
-    dim_student: int = setting(0, "width of the student; 0: d (paper, Sec. 4.5)")
+    dim: int = setting(64, "d, width of the embeddings (paper, Sec. 4.5)", low=1, high=1e5)
+    dim_student: int = setting(0, "width of the student; 0: d (paper, Sec. 4.5)", high=1e5)
     teacher_layers: int = setting(2, "L of the teacher's LightGCN (released code)")
     student_layers: int = setting(2, "L of the student's LightGCN (ours; released code: 1)")
-    dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (paper: needed; value ours)", 0, 1)
-    fusion: float = setting(1.0, "c, weight of F^m in E^T (released code: .028-.8)")
+    dropout: float = setting(0.2, "rate of ϱ in Eq. 4 (ours; released code: .4-.6)", high=1)
+    fusion: float = setting(1.0, "c, weight of F^m in E^T (ours; released code: .028-.8)")
     weight_modal: float = setting(0.1, "w_m of stage 1's BPR on F^m (released code: 0-1)")
     lambda_prompt: float = setting(0.1, "λ₁ of Eq. 4 (released code: .07-9)")
     lambda_pair: float = setting(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
     lambda_list: float = setting(0.1, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = setting(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
     alpha: float = setting(1.0, "α of KL(b) in Eq. 10 (decoupled distillation's default)")
-    beta: float | str = setting(1.0, "β of KL(q) in Eq. 10, or identity", choices=("identity",))
-    temperature: float = setting(1.0, "τ of the softened logits (ours)", 1e-3)
-    gamma: float = setting(2.0, "γ of Eq. 11 (released code)", 1)
-    negatives: int = setting(10, "K-1, negatives of a list (released code)", 1)
-    tokens: str = setting("mean", "η(x^m) over m (Eq. 3, errata P10)", choices=("mean", "concat"))
-    prompt_rows: str = setting("items", "p^m over |I|, or unit rows", choices=("items", "unit"))
-    modal_target: str = setting("propagated", "F_i^m", choices=("propagated", "mean", "reduced"))
+    beta: float | str = setting(1.0, "β of KL(q) in Eq. 10, or (ours)", ("identity",))
+    temperature: float = setting(1.0, "τ of the softened logits (ours)", low=1e-3)
+    gamma: float = setting(2.0, "γ of Eq. 11 (released code)", low=1)
+    negatives: int = setting(10, "K-1, negatives of a list (released code)", low=1, high=1e5)
+    tokens: str = setting("mean", "η(x^m) over m (mean: Eq. 3)", ("mean", "concat"))
+    prompt_rows: str = setting("items", "p^m over |I| (ours) or in unit rows", ("items", "unit"))
+    modal_target: str = setting("propagated", "F_i^m (ours)", ("propagated", "mean", "reduced"))
     tune_prompt: bool = setting(True, "train the prompt in stage 2 too (paper, Sec. 3.1.2)")
     weight_anchor: float = setting(1.0, "of the prompted teacher's BPR in stage 2 (errata P11)")
     warm_start: bool = setting(False, "start the student at E^T (released code, errata C24)")
     lr_teacher: float = setting(5e-3, "AdamW's step in stage 1 (paper: 3.5e-4 to 9.8e-3)")
-    lr_student: float = setting(5e-3, "AdamW's step of the student (paper: 2.5e-4 to 8.5e-4)")
+    lr_student: float = setting(5e-3, "AdamW's step of the student (ours; paper: 2.5e-4 to 8.5e-4)")
     lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in both stages (ours)")
     l2: float = setting(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
     weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
-    batch: int = setting(2048, "training edges in a step (released code: 512-1024)", 1)
-    epochs: int = setting(400, "cap on the epochs of a stage", 1)
-    eval_every: int = setting(2, "epochs between validations", 1)
-    patience: int = setting(10, "validations without a better Recall@20 that end a stage", 1)
-    alone: bool = setting(True, "train the student without a teacher too, to compare")
-    seed: int = setting(0, "of everything random in training, never of the data")
-    mask: str = setting("all", "unranked at test: train + val, or train", choices=("all", "train"))
+    batch: int = setting(2048, "training edges in a step (ours; released code: 512-1024)", low=1)
+    epochs: int = setting(400, "cap on the epochs of a stage (ours)", low=1)
+    eval_every: int = setting(2, "epochs between validations (ours)", low=1)
+    patience: int = setting(15, "validations that end a stage if none is better (ours)", low=1)
+    alone: bool = setting(True, "train the student without a teacher too, to compare (ours)")
+    seed: int = setting(0, "of all that is random in training (ours)", high=2**31)
+    mask: str = setting("all", "unranked at test: train + val, or train", ("all", "train"))
 
     def __post_init__(self):
         """Refuse what cannot work."""
         for one in fields(self):
-            value, (low, high, choices) = getattr(self, one.name), list(one.metadata.values())[1:]
-            expected = " or ".join(choices) if type(value) is str else f"{low} <= number < {high}"
-            need(value in choices if type(value) is str else low <= value < high,
-                 f"{one.name}: expected {expected}, found {value}")
+            value, meta, word = getattr(self, one.name), one.metadata, "{low} <= number < {high}"
+            text = type(value) is str
+            word = " or ".join(meta["choices"]) if text else word.format(**meta)
+            need(value in meta["choices"] if text else meta["low"] <= value < meta["high"],
+                 f"{one.name}: expected {word}, found {value}")
         need(self.weight_modal or not self.lambda_list, "weight_modal: expected > 0 for lists")
-        same = self.dim_student in (0, self.dim)
-        need(same or not self.warm_start, "dim_student: expected 0 or d with warm_start")
+        need(not self.warm_start or self.dim_student in (0, self.dim), "dim_student: expected d")
 
 
+# Chosen on validation, see the README; "synthetic" is what the embedded data get unasked.
 PRESETS = {"tiktok": {"fusion": 0.2}, "citeulike": {"tune_prompt": False}, "synthetic": {
     "dim": 32, "lr_teacher": 0.02, "lr_student": 0.02, "negatives": 5, "patience": 5}}
-MODES = {"student_only": {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0},
-         "quick": {"epochs": 2, "eval_every": 1}}
+ALONE = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # no teacher: LightGCN
 FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json",
          "state.pt", "alone.pt", "student.pt")  # of a run folder; the last three while it runs
 
@@ -250,11 +250,11 @@ class Teacher(nn.Module):
         f = xw + bias
         if self.config.lambda_prompt:
             theta = torch.cat([self.prompt.weight.T, self.prompt.bias[None]])  # Θ [width + 1, d]
-            shift = prompt @ (theta.T @ gw) / len(prompt)  # p (pᵀX) W / |I|  [I, d]
+            shift, s = prompt @ (theta.T @ gw), 1 / len(prompt)  # p (pᵀX) W  [I, d]
             if self.root:
-                norm = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True) / len(prompt)
-                shift = shift / norm.clamp(min=1e-12)
-            f = f + self.config.lambda_prompt * shift
+                norm = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True)
+                s = 1 / norm.clamp(min=1e-12)
+            f = f + self.config.lambda_prompt * s * shift
         keep = 1 - self.config.dropout  # comparing uniforms is twice as fast as F.dropout on a CPU
         return f * ((torch.rand_like(f) < keep) / keep) if self.training else f  # ϱ
 
@@ -266,9 +266,10 @@ class Teacher(nn.Module):
         prompt = self.prompt(self.tokens)  # p, Eq. 3
         for m, (xw, gw, bias) in layers.items():
             f = reduced[m] = self.reduce(m, xw, gw, bias, prompt)
-            user = user_modal[m] = self.graph.to_users(f)  # F_u = Â_ui f
-            item = torch.where(self.isolated, f, self.graph.to_items(user))  # F_i = Â_iu F_u
-            item = item_modal[m] = {"propagated": item, "mean": (f + item) / 2, "reduced": f}[kind]
+            user = user_modal[m] = self.graph.to_users(f)  # F_u = Â_ui f (errata P12)
+            item = self.graph.to_items(user)  # F_i = Â_iu F_u; without neighbours f itself
+            item = torch.where(self.isolated, f, item) if kind != "reduced" else f
+            item = item_modal[m] = (f + item) / 2 if kind == "mean" else item
             teacher_user = teacher_user + c * F.normalize(user, dim=1)
             teacher_item = teacher_item + c * F.normalize(item, dim=1)
         return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
@@ -335,20 +336,22 @@ def student_terms(student: Student, config: Config, encoded: Encoded | None, use
     terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded is None:
         return terms
-    teacher = scores(encoded.teacher_user, encoded.teacher_item, users, lists[:, :2])
-    margins, tau = [y[:, 0] - y[:, 1] for y in (logits, teacher)], config.temperature
+    tau, anchor = config.temperature, config.weight_anchor * encoded.teacher_item.requires_grad
+    if config.lambda_pair or anchor:
+        taught = scores(encoded.teacher_user, encoded.teacher_item, users, lists[:, :2])
     if config.lambda_pair:
+        margins = [y[:, 0] - y[:, 1] for y in (logits, taught)]
         terms["pair_kd"] = config.lambda_pair * pair_kd(*margins, tau)
     if config.lambda_list:
-        modal = [list_kd(logits, y, config.alpha, config.beta, tau)
-                 for y in modal_scores(encoded, users, lists)]
-        terms["list_kd"] = config.lambda_list * sum(modal)
+        losses = [list_kd(logits, y, config.alpha, config.beta, tau)
+                  for y in modal_scores(encoded, users, lists)]
+        terms["list_kd"] = config.lambda_list * sum(losses)
     if config.lambda_embed:
         projected = student.project(student_item)
-        modal = [embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values()]
-        terms["embed_kd"] = config.lambda_embed * sum(modal)
-    if teacher.requires_grad and config.weight_anchor:
-        terms["prompt_anchor"] = config.weight_anchor * bpr_loss(teacher[:, 0], teacher[:, 1])
+        losses = [embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values()]
+        terms["embed_kd"] = config.lambda_embed * sum(losses)
+    if anchor:
+        terms["prompt_anchor"] = anchor * bpr_loss(taught[:, 0], taught[:, 1])
     return terms
 
 
@@ -375,7 +378,7 @@ def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, term
     """
     config, state, file = run.config, run.state, run.folder / f"{stage}.pt"
     if file.exists():
-        return learner.load_state_dict(torch.load(file, run.device, weights_only=True))
+        return learner.load_state_dict(data.read_torch(file, run.device))
     sampler, generator = Sampler(run.dataset.train, run.device), torch.Generator(run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     if state.get("stage") == stage:  # resumed
@@ -421,14 +424,13 @@ def _validate(run: Run, learner: nn.Module, means: dict[str, float], rank) -> No
     state, config, loss = run.state, run.config, sum(means.values())
     learner.eval()
     with torch.no_grad():
-        found = evaluate(*rank(), run.dataset.val, exclude=run.dataset.train)
-    recall = found["recall@20"]
-    state["stale"] += 1
+        got = evaluate(*rank(), run.dataset.val, exclude=run.dataset.train)
+    recall, state["stale"] = got["recall@20"], state["stale"] + 1
     if recall > state["recall"]:
         best = {name: weight.clone() for name, weight in learner.state_dict().items()}
         state |= {"recall": recall, "stale": 0, "best": best}
     row = {name: state[name] for name in ("stage", "epoch", "seconds")} | {"recall@20": recall}
-    row |= {"ndcg@20": found["ndcg@20"], "loss": loss, **means}
+    row |= {"ndcg@20": got["ndcg@20"], "loss": loss, **means}
     state["rows"] = [*state.get("rows", []), row]
     data.write_table(run.folder / "log.csv", state["rows"])
     most, pace = config.epochs - state["epoch"], state["seconds"] / state["epoch"]
@@ -504,9 +506,8 @@ def pipeline(run: Run) -> dict:
     val = {model: evaluate(*pair, dataset.val, dataset.train) for model, pair in ranked.items()}
     test = {model: evaluate(*pair, dataset.test, exclude) for model, pair in ranked.items()}
     sizes = {"student": {"trainable": user.size + item.size, "buffers": 0}}
-    if teacher:
-        sizes["teacher"] = {"trainable": sum(p.numel() for p in teacher.parameters()),
-                            "buffers": sum(x.numel() for x in teacher.features.values())}
+    sizes |= {"teacher": {"trainable": sum(p.numel() for p in teacher.parameters()),
+              "buffers": sum(x.numel() for x in teacher.features.values())}} if teacher else {}
     metrics = {"validation": val, "test": test, "parameters": sizes, "device": str(run.device),
                "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
                "exclude": {"all": "train + val", "train": "train"}[config.mask], "versions": {
@@ -529,7 +530,7 @@ def _parser() -> Parser:
             ("modalities", "", "comma-separated names (default: all there are)"),
             ("device", "auto", "auto, cpu, cuda or cuda:N (default: auto)")):
         parser.add_argument(f"--{flag}", default=default, help=meaning)
-    parser.add_argument("--preset", choices=PRESETS, help="settings that other flags may override")
+    parser.add_argument("--preset", choices=PRESETS, help="(default on embedded data: synthetic)")
     for flag, meaning in (("student-only", "no teacher: LightGCN"), ("force", "replace a run"),
                           ("quick", "two epochs a stage: a smoke test"),
                           ("resume", "go on with an interrupted run")):
@@ -540,31 +541,29 @@ def _parser() -> Parser:
 
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
-    folder, stored = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}"), {}
+    folder = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}")
     need(args.resume or args.force or not folder.exists(),
          f"{folder}: exists; expected a new folder, --resume or --force")
-    if args.resume:
-        with data.reading(file := folder / "config.json"):
-            stored = json.loads(file.read_text())
+    stored = data.read_json(folder / "config.json", *vars(Config())) if args.resume else {}
     source, device = args.data or stored.get("data"), data.pick_device(args.device)
-    given = PRESETS.get(args.preset or ("" if source else "synthetic"), {}) | stored | vars(args)
-    for mode in MODES:
-        given |= MODES[mode] if given[mode] else {}
+    given = PRESETS.get(args.preset or ("" if source else "synthetic"), {}) | stored
+    given |= {"epochs": 2, "eval_every": 1} if args.quick else {}
+    given |= vars(args) | (ALONE if args.student_only else {})
     config = Config(**{one.name: given[one.name] for one in fields(Config) if one.name in given})
     chosen = args.modalities or stored.get("modalities", "")
     dataset = data.load(source, modalities=chosen) if source else data.synthetic()
     facts = {"data": source and str(Path(source).resolve()), "modalities": chosen,
              "fingerprint": data.fingerprint(dataset), "device": str(device),
              "threads": torch.get_num_threads(), **vars(config)}
-    for key in list(facts)[1:] if stored else ():  # the folder may have moved
+    for key in list(facts)[1:] if args.resume else ():  # all but "data": the folder may have moved
         need(facts[key] == stored[key],
              f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in () if stored else FILES:
+    for file in () if args.resume else FILES:
         (folder / file).unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(facts, indent=1))
     file = folder / "state.pt"
-    state = torch.load(file, device, weights_only=True) if file.exists() else {}
+    state = data.read_torch(file, device) if file.exists() else {}
     return Run(folder, dataset, config, device, state)
 
 
@@ -579,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.use_deterministic_algorithms(run.device.type == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False  # or each `empty` costs a fill
         done = run.folder / "metrics.json"
-        metrics = json.loads(done.read_text()) if done.exists() else pipeline(run)
+        metrics = data.read_json(done, "test", "parameters") if done.exists() else pipeline(run)
         print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
     except (DataError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -598,9 +597,10 @@ def _recommend(argv: list[str]) -> int:
     parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: speak in your ids")
     args = parser.parse_args(argv)
     with data.reading(file := args.run / "student.npz"), np.load(file) as saved:
-        user, item, start, seen = (saved[name] for name in saved.files)
-    ids = json.loads(args.ids.read_text()) if args.ids else {
-        "users": [str(u) for u in range(len(user))], "items": range(len(item))}
+        user, item, start, seen = map(saved.get, ("user", "item", "seen_indptr", "seen_indices"))
+    ids = {"users": [str(u) for u in range(len(user))], "items": range(len(item))}
+    ids |= data.read_json(args.ids, "users", "items") if args.ids else {}
+    need(len(ids["items"]) == len(item), f"--ids: expected {len(item)} items, as in {file}")
     need(args.user in ids["users"] and args.k > 0, f"expected --user {ids['users'][0]} … "
          f"{ids['users'][-1]} and --k 1 or more, found {args.user} and {args.k}")
     u = ids["users"].index(args.user)

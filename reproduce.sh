@@ -16,6 +16,6 @@ print(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy
       f"scipy {scipy.__version__}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}")
 PYTHON
 
-python promptmm.py --out runs/reproduce --force "$@"
+python promptmm.py "$@" --out runs/reproduce --force
 case " $* " in *" --quick "*) echo "quick: nothing recorded"; exit 0 ;; esac
 python experiments.py record runs/reproduce

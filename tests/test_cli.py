@@ -48,7 +48,9 @@ def test_main_prints_the_ladder(here, capsys):
         assert f"{metrics['test'][name]['ndcg@20']:.4f}" in line
     assert "no candidates: train + val" in lines[6]
     config = json.loads((here / "runs/synthetic/config.json").read_text())
-    assert (config["epochs"], config["dim"], config["data"]) == (2, 8, None)
+    assert (config["epochs"], config["dim"], config["data"]) == (4, 8, None)  # flags beat --quick
+    assert main(["--quick", "--dim", "4", "--student-only", "--out", "quick"]) == 0
+    assert json.loads((here / "quick/config.json").read_text())["epochs"] == 2
 
 
 def test_progress_says_what_is_left(here, capsys):
@@ -59,11 +61,11 @@ def test_progress_says_what_is_left(here, capsys):
 
 
 def test_presets_flags_and_modes_stack(here):
-    assert main(["--preset", "tiktok", "--quick", "--dim", "4", "--beta", "identity",
-                 "--no-tune-prompt", "--out", "run"]) == 0
+    assert main(["--preset", "tiktok", "--quick", "--epochs", "3", "--dim", "4", "--out", "run",
+                 "--beta", "identity", "--no-tune-prompt"]) == 0
     stored = json.loads((here / "run/config.json").read_text())
-    expected = vars(promptmm.Config(**promptmm.PRESETS["tiktok"] | promptmm.MODES["quick"]
-                                    | {"dim": 4, "beta": "identity", "tune_prompt": False}))
+    expected = vars(promptmm.Config(**promptmm.PRESETS["tiktok"] | {
+        "epochs": 3, "eval_every": 1, "dim": 4, "beta": "identity", "tune_prompt": False}))
     assert {name: stored[name] for name in expected} == expected
 
 
@@ -81,7 +83,7 @@ BAD_ARGUMENTS = {
     "an unknown flag": (["--lamda-list", "1"], "unrecognized arguments: --lamda-list"),
     "an abbreviation": (["--lambda-l", "1"], "unrecognized arguments: --lambda-l"),
     "not a number": (["--dim", "many"], "argument --dim: invalid int value: 'many'"),
-    "too small": (["--dim", "0"], "dim: expected 1 <= number < inf, found 0"),
+    "too small": (["--dim", "0"], "dim: expected 1 <= number < 100000.0, found 0"),
     "a rate of one": (["--dropout", "1"], "dropout: expected 0 <= number < 1, found 1.0"),
     "negative": (["--lambda-list", "-1"], "lambda_list: expected 0 <= number < inf, found -1.0"),
     "NaN": (["--l2", "nan"], "l2: expected 0 <= number < inf, found nan"),
@@ -90,7 +92,7 @@ BAD_ARGUMENTS = {
     "a choice": (["--tokens", "sum"], "tokens: expected mean or concat, found sum"),
     "a preset": (["--preset", "netflix"], "invalid choice: 'netflix'"),
     "unscored lists": (["--weight-modal", "0"], "weight_modal: expected > 0 for lists"),
-    "a narrow warm start": (["--warm-start", "--dim-student", "4"], "dim_student: expected 0 or d"),
+    "a narrow warm start": (["--warm-start", "--dim-student", "4"], "dim_student: expected d"),
     "a device": (["--device", "tpu"], "--device: expected auto or one of"),
     "an absent GPU": (["--device", "cuda:63"], "found cuda:63"),
     "a missing folder": (["--data", "nowhere"], "nowhere: expected a dataset folder, found none"),
@@ -132,8 +134,26 @@ def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert "expected threads = 1 to resume, found 63" in error_of(["--out", "run", "--resume"],
                                                                   capsys)
-    (here / "run/config.json").write_text("{")
-    assert "config.json: cannot be read" in error_of(["--out", "run", "--resume"], capsys)
+    metrics = (here / "run/metrics.json").read_bytes()
+    for content in ("{", "{}", "[]", "3"):
+        (here / "run/config.json").write_text(content)
+        assert "run/config.json: " in error_of(["--out", "run", "--resume"], capsys)
+    assert (here / "run/metrics.json").read_bytes() == metrics
+
+
+def test_resuming_from_damaged_files(here, capsys, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promptmm, "train_student", killed)
+        assert main([*SHORT, "--out", "run"]) == 130
+    for name in ("teacher.pt", "state.pt"):
+        whole = (here / "run" / name).read_bytes()
+        (here / "run" / name).write_bytes(whole[:300])
+        assert f"run/{name}: cannot be read" in error_of(["--out", "run", "--resume"], capsys)
+        (here / "run" / name).write_bytes(whole)
+    assert main(["--out", "run", "--resume"]) == 0
 
 
 def test_interrupted_and_resumed_by_hand(here, capsys, monkeypatch):

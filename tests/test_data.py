@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, dense, replaced
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy import sparse, stats
 
 import data
@@ -208,7 +207,7 @@ NATIVE_REFUSALS = {
     "splits of two shapes": (break_split("val", np.eye(60, 41)), r"expected splits of one shape"),
     "empty training": (break_split("train", np.zeros((60, 40))), r"empty train split"),
     "empty test": (break_split("test", np.zeros((60, 40))), r"empty test split"),
-    "overlapping splits": (overlap, r"expected disjoint splits, found \d+ cells in train and test"),
+    "overlapping splits": (overlap, r"expected disjoint splits, \d+ cells are in two"),
     "a user with every item": (everything_for_one_user, r"1 users have every item"),
     "feature rows": (break_features(np.ones((39, 4))),
                      r"visual_feat\.npy: expected 40 rows, one an item, found shape \(39, 4\)"),
@@ -245,10 +244,13 @@ FOREIGN_REFUSALS = {
                                r"expected item ids 0 to 39, found 0 to 40"),
     "label": (write_inter, "shop.inter", lambda t: t + "5.0\t1\t1\t3\n", r"x_label 0, 1 or 2"),
     "header": (write_inter, "shop.inter", lambda t: t.replace("itemID", "item"),
-               r"expected tab-separated columns"),
+               r"expected columns"),
     "not numbers": (write_inter, "shop.inter", lambda t: t + "5.0\tann\t1\t0\n", r"cannot be read"),
     "corrupt json": (write_json, "train.json", lambda t: t[:40], r"train\.json: cannot be read"),
-    "json list": (write_json, "train.json", lambda t: "[1, 2]", r"expected \{user: \[items\]\}"),
+    "json list": (write_json, "train.json", lambda t: "[1, 2]", r"expected an object"),
+    "json nested": (write_json, "train.json", lambda t: '{"0": {"1": 2}}', r"\{user: \[items\]\}"),
+    "a user id beyond sense": (write_inter, "shop.inter", lambda t: t + "5.0\t9000000000\t1\t0\n",
+                               r"expected user ids below 100000000, found 9000000000"),
     "json text ids": (write_json, "train.json", lambda t: '{"0": ["a"]}', r"integer item ids"),
     "json flags": (write_json, "train.json", lambda t: '{"0": [true]}', r"integer item ids"),
 }
@@ -309,7 +311,7 @@ def test_describe_reads_what_check_refuses(folder, capsys):
         data.load(folder)
     assert data.main(["describe", str(folder)]) == 0
     train = sparse.load_npz(folder / "train.npz").nnz
-    assert f"in both train and test         {train}" in capsys.readouterr().out
+    assert f"interactions in two splits     {train}" in capsys.readouterr().out
 
 
 def write_shop(folder, n_users=30):

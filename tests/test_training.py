@@ -51,6 +51,7 @@ def test_stage_2_freezes_the_teacher_and_its_dropout(tune, run, monkeypatch):
     run = another(run, "other", tune_prompt=tune)
     teacher = train_teacher(run)
     assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
     before, modes, true_terms = weights(teacher), [], promptmm.student_terms
 
     def spy(*arguments):
