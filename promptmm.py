@@ -92,7 +92,7 @@ class Config:
     batch: int = setting(2048, "training edges in a step (ours; released code: 512-1024)", low=1)
     epochs: int = setting(400, "cap on the epochs of a stage (ours)", low=1)
     eval_every: int = setting(2, "epochs between validations (ours)", low=1)
-    patience: int = setting(15, "validations that end a stage if none is better (ours)", low=1)
+    patience: int = setting(20, "validations that end a stage if none is better (ours)", low=1)
     alone: bool = setting(True, "train the student without a teacher too, to compare (ours)")
     seed: int = setting(0, "of all that is random in training (ours)", high=2**31)
     mask: str = setting("all", "unranked at test: train + val, or train", ("all", "train"))

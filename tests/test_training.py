@@ -209,7 +209,7 @@ def test_student_alone_is_lightgcn_from_the_same_start(run):
     assert not (run.folder.parent / "only" / "teacher.pt").exists()
 
 
-def test_warm_start_copies_the_teacher(run):
+def test_warm_start_copies_the_teacher(run, monkeypatch):
     """Its own storage (errata C7, C24); a fresh student knows nothing of the teacher."""
     warm = another(run, "warm", warm_start=True, lr_student=0.0, tune_prompt=False)
     teacher = train_teacher(warm)
@@ -218,6 +218,12 @@ def test_warm_start_copies_the_teacher(run):
     user, item = train_student(warm, "student", teacher)
     expected = promptmm.lightgcn(teacher.graph, *encoded[:2], warm.config.student_layers)
     assert torch.allclose(user, expected[0], atol=1e-6)
+    told = []
+    true_terms = promptmm.student_terms
+    monkeypatch.setattr(promptmm, "student_terms", lambda s, c, encoded, *batch: told.append(
+        encoded.teacher_user.clone()) or true_terms(s, c, encoded, *batch))
+    train_student(another(warm, "learning", lr_student=0.1), "student", teacher)
+    assert torch.equal(told[0], told[-1])  # what the student learns does not move its target
     fresh = another(warm, "fresh", warm_start=False)
     torch.manual_seed(fresh.config.seed)
     expected = promptmm.Student(fresh.dataset.train, fresh.config)()
