@@ -290,7 +290,7 @@ def first_run() -> str:
     """The embedded run's table, as the command prints it, and its time."""
     found = json.loads((ROOT / "results/synthetic/seed0.json").read_text())["metrics"]
     seconds = sum(found["seconds"].values())
-    return (f"{seconds:.1f} s of training on {found['device']}, two cores; it prints:\n\n"
+    return (f"{seconds:.1f} s of training on two CPU cores; it prints:\n\n"
             f"```text\n{ladder(found)}\n```")
 
 

@@ -236,10 +236,9 @@ class Teacher(nn.Module):
 
     def fixed(self) -> tuple[tuple[Tensor, Tensor], dict[str, tuple[Tensor, Tensor, Tensor]]]:
         """What no prompt reaches: LightGCN's output; XW [I, d], GW [width + 1, d], b of each m."""
-        ids = lightgcn(self.graph, self.user, self.item, self.config.teacher_layers)
         layers = {m: (x @ layer.weight.T, self.gram[m] @ layer.weight.T, layer.bias)
                   for (m, x), layer in zip(self.features.items(), self.reduction, strict=True)}
-        return ids, layers
+        return lightgcn(self.graph, self.user, self.item, self.config.teacher_layers), layers
 
     def reduce(self, m: str, xw: Tensor, gw: Tensor, bias: Tensor, prompt: Tensor) -> Tensor:
         """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m) with p^m = s p (pᵀ x^m)   (Eq. 4; errata P9).
