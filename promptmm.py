@@ -110,7 +110,7 @@ class Config:
 
 
 # Chosen on validation, see the README; "synthetic" is what the embedded data get unasked.
-PRESETS = {"tiktok": {"fusion": 0.2}, "citeulike": {"tune_prompt": False}, "synthetic": {
+PRESETS = {"tiktok": {"tune_prompt": False}, "citeulike": {"tune_prompt": False}, "synthetic": {
     "dim": 32, "lr_teacher": 0.02, "lr_student": 0.02, "negatives": 5, "patience": 5}}
 ALONE = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # no teacher: LightGCN
 FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json",
