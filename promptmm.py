@@ -483,7 +483,7 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> tuple
 
 
 def pipeline(run: Run) -> dict:
-    """Both stages and the final evaluation: writes the artefacts, returns those of metrics.json."""
+    """Both stages and the final evaluation: writes the artefacts, returns the metrics."""
     config, dataset, teacher = run.config, run.dataset, None
     popularity = torch.from_numpy(np.asarray(dataset.train.sum(0))).T.to(run.device)  # [I, 1]
     ranked = {"mostpop": (popularity.new_ones(dataset.train.shape[0], 1), popularity)}
@@ -555,8 +555,8 @@ def _start(args: argparse.Namespace) -> Run:
              "fingerprint": data.fingerprint(dataset), "device": str(device),
              "threads": torch.get_num_threads(), **vars(config)}
     for key in list(facts)[1:] if args.resume else ():  # all but "data": the folder may have moved
-        need(facts[key] == stored[key],
-             f"{folder}: expected {key} = {stored[key]} to resume, found {facts[key]}")
+        need(facts[key] == stored.get(key),
+             f"{folder}: expected {key} = {stored.get(key)} to resume, found {facts[key]}")
     folder.mkdir(parents=True, exist_ok=True)
     for file in () if args.resume else FILES:
         (folder / file).unlink(missing_ok=True)

@@ -134,6 +134,14 @@ def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert "expected threads = 1 to resume, found 63" in error_of(["--out", "run", "--resume"],
                                                                   capsys)
+    stored = json.loads((here / "run/config.json").read_text())
+    (here / "run/config.json").write_text(json.dumps({**stored, "fingerprint": None}))
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert "expected fingerprint = None to resume" in error_of(["--out", "run", "--resume"], capsys)
+    del stored["fingerprint"]
+    (here / "run/config.json").write_text(json.dumps(stored))
+    assert "expected fingerprint = None to resume" in error_of(["--out", "run", "--resume"], capsys)
     metrics = (here / "run/metrics.json").read_bytes()
     for content in ("{", "{}", "[]", "3"):
         (here / "run/config.json").write_text(content)
