@@ -1,348 +1,548 @@
-"""Measurements around the system; the four core modules never import this one.
+"""The paper's tables and figures, from one command, on the embedded data or on yours.
 
-    python experiments.py bench [--threads N] [--data DIR]
-    python experiments.py record RUN ...    keep finished runs' figures in results/
-    python experiments.py readme            put the figures of results/ into README.md
+    python experiments.py all [--quick]             everything, on the embedded data
+    python experiments.py all --data DIR            Tables 3-7 and Figure 5
+    python experiments.py table4 --data DIR --seeds 5
+    python experiments.py tune --data DIR           the search that the presets come from
+    python experiments.py errata | bench | readme   see paper.py, bench.py; figures into README.md
 
-`bench` times what the core claims to be fast against the usual way of doing it, side by side in one
-run on the machine at hand. Every row is a median of repeated calls.
+Every model is trained by the same functions as `promptmm.py` does it, once for each setting and
+seed: runs/experiments/ keeps what was trained, by configuration and data fingerprint, so that the
+tables share it and an interrupted command goes on where it stopped. `--force` begins anew.
+
+Read `Lab` and the runner first, then any table: each is one function. Nothing here is imported by
+the core. What depends on no data (Tables 8, 9, Figure 2, errata) is in paper.py.
 """
 
-import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor, nn
 
+import bench
 import data
-from data import DataError, Dataset, Sampler
+import paper
+from data import DataError, Parser, Sampler, need, write
 from evaluate import evaluate, ladder
-from promptmm import (
-    Config,
-    Graph,
-    Student,
-    Teacher,
-    _epoch,
-    adjacency,
-    lightgcn,
-    student_terms,
-    teacher_terms,
+from losses import scores
+from promptmm import Config, Student, _epoch, bpr_terms
+from runner import (
+    ROOT,
+    STAGE,
+    Lab,
+    Output,
+    compare,
+    digest,
+    judge,
+    learn_all,
+    load_teacher,
+    log_of,
+    markdown,
+    protocol,
+    publish,
+    ranking_table,
+    seeded,
+    settings,
 )
 
-ROOT = Path(__file__).parent
-
-# ---------------------------------------------------------------- the usual ways
+# ---------------------------------------------------------------- tables
 
 
-def coo_lightgcn(matrix: Tensor, x: Tensor, layers: int) -> Tensor:
-    """LightGCN as it is mostly written: torch.sparse.mm on COO, autograd's own backward pass."""
-    total = x
-    for _ in range(layers):
-        x = torch.sparse.mm(matrix, x)
-        total = total + x
-    return total / (layers + 1)
+def table3(lab: Lab) -> Output:
+    """Statistics of the data."""
+    facts = {name: value if isinstance(value, int) else str(value)
+             for name, value in data.describe(lab.dataset).items()}
+    rows = [{"statistic": name, "value": value} for name, value in facts.items()]
+    text = markdown(rows, {"statistic": "statistic", "value": lab.dataset.name})
+    return Output(f"Table 3. Statistics of {lab.dataset.name}", rows, text)
 
 
-def loop_sampler(train: sparse.csr_matrix) -> list[tuple[int, int, int]]:
-    """One negative an edge, drawn again while it is a positive: the released code's way."""
-    positives = [set(train[u].indices.tolist()) for u in range(train.shape[0])]
-    triplets = []
-    for u, i in zip(*train.nonzero(), strict=True):
-        negative = np.random.randint(train.shape[1])
-        while negative in positives[u]:
-            negative = np.random.randint(train.shape[1])
-        triplets.append((u, i, negative))
-    return triplets
+def table4(lab: Lab, seeds: int = 5) -> Output:
+    """Comparison under one protocol."""
+    models = {model: (model, settings(lab, model)) for model in ("MostPop", *STAGE)}
+    rows = compare(lab, "Table 4", models, seeds, "LightGCN")
+    tried = ROOT / "results" / lab.dataset.name / "tune.json"
+    budget = "settings not tuned on these data"
+    if tried.exists():
+        budget = (f"settings: the best of {data.read_json(tried, 'tried')['tried']} configurations "
+                  "a model, searched on validation (tune.md)")
+    return Output(f"Table 4. Comparison on {lab.dataset.name}, test split", rows,
+                  ranking_table(rows, "LightGCN"),
+                  f"{protocol(models['PromptMM'][1], lab.count(seeds))}; {budget}; none of the "
+                  "paper's own figures are about these data, so none stand beside")
 
 
-def loop_evaluate(user: np.ndarray, item: np.ndarray, target, exclude, k: int = 50) -> float:
-    """Recall by a loop over users, each with a full stable argsort."""
-    recalls = []
-    for u in np.flatnonzero(np.diff(target.indptr)):
-        scores = item @ user[u]
-        scores[exclude.indices[exclude.indptr[u] : exclude.indptr[u + 1]]] = -np.inf
-        best = np.argsort(-scores, kind="stable")[:k]
-        wanted = target.indices[target.indptr[u] : target.indptr[u + 1]]
-        recalls.append(np.isin(best, wanted).sum() / len(wanted))
-    return float(np.mean(recalls))
+def variants(full: Config, lab: Lab) -> dict[str, tuple[str, Config]]:
+    """Table 5's rows: what each leaves out of the full model."""
+    change = partial(replace, full)
+    rows = {
+        "PromptMM": full,
+        "w/o Prompt": change(lambda_prompt=0.0),
+        "prompt frozen": change(tune_prompt=False),
+        "prompt tuned": change(tune_prompt=True),
+        "prompt tuned, no anchor": change(tune_prompt=True, weight_anchor=0.0),
+        "w/o PairKD": change(lambda_pair=0.0),
+        "w/o ListKD": change(lambda_list=0.0),
+        "w/o EmbKD": change(lambda_embed=0.0),
+        "w/o disentangle": change(beta="identity", alpha=1.0),
+    }
+    # Vanilla KL is of another scale: its own λ₃, by validation.
+    own = [change(beta="identity", alpha=1.0, lambda_list=full.lambda_list * factor)
+           for factor in ((1.0,) if lab.quick else (1.0, 3.0, 10.0))]
+    learn_all(lab, "Table 5, λ₃", [("PromptMM", one) for one in own])
+    best = max(own, key=lambda one: judge(lab, "PromptMM", one, "val")["recall@20"].mean())
+    rows[f"w/o disentangle, λ₃ = {best.lambda_list:g}"] = best
+    return {name: ("PromptMM", config) for name, config in rows.items()}
 
 
-class DirectTeacher(Teacher):
-    """Eq. 4 as it is written: p^m is formed, [I, d_m], in every step."""
+def table5(lab: Lab, seeds: int = 3) -> Output:
+    """Ablations: each part taken out of the full model, nothing tuned again."""
+    full = settings(lab)
+    rows = compare(lab, "Table 5", variants(full, lab), seeds, "PromptMM")
+    note = ("w/o Prompt: λ₁ = 0 in both stages; w/o disentangle: α = 1, β = 1 - b+ (Eq. 16), at "
+            "the full model's λ₃ and at its own, chosen on validation with seed 0; the full "
+            f"model's prompt is {'tuned' if full.tune_prompt else 'frozen'} in stage 2")
+    return Output(f"Table 5. Ablation on {lab.dataset.name}, test split", rows,
+                  ranking_table(rows, "PromptMM"),
+                  f"{protocol(full, lab.count(seeds))}; {note}")
 
-    def reduce(self, m, xw, gw, bias, prompt):
-        x, weight = self.features[m], self.reduction[list(self.features).index(m)].weight
-        prompt_m = prompt @ (prompt.T @ x) / len(prompt)
-        return (x + self.config.lambda_prompt * prompt_m) @ weight.T + bias
+
+OPTIONS = {  # what the equations leave open, and this project's departures: one change each
+    "PromptMM": {}, "tokens side by side (P10)": {"tokens": "concat"},
+    "unit rows of p^m (C20)": {"prompt_rows": "unit"},
+    "EmbKD and ListKD on f^m": {"modal_target": "reduced"},
+    "on the mean of f^m and F^m": {"modal_target": "mean"},
+    "on F^m": {"modal_target": "propagated"}, "τ = 2": {"temperature": 2.0},
+    "β = 8": {"beta": 8.0}, "K - 1 = 50": {"negatives": 50}, "γ = 1": {"gamma": 1.0},
+    "γ = 3": {"gamma": 3.0}, "student of 1 layer": {"student_layers": 1},
+    "student of 3 layers": {"student_layers": 3}, "warm start (C24)": {"warm_start": True},
+}
 
 
-# ---------------------------------------------------------------- measuring
+def options(lab: Lab, seeds: int = 3) -> Output:
+    """Open choices and departures, one at a time."""
+    full = settings(lab)
+    rows = {name: ("PromptMM", replace(full, **change)) for name, change in OPTIONS.items()
+            if name == "PromptMM" or replace(full, **change) != full}
+    rows = compare(lab, "options", rows, seeds, "PromptMM")
+    return Output(f"Options on {lab.dataset.name}, one change each, test split", rows,
+                  ranking_table(rows, "PromptMM"), protocol(full, lab.count(seeds)))
 
 
-def median(call, device: str = "cpu", repeat: int = 9) -> float:
-    """Seconds of a call: the median of `repeat`, after one to warm up."""
-    seconds = []
-    for _ in range(repeat + 1):
+def table6(lab: Lab) -> Output:
+    """Time, memory and size: what the teacher costs, what the student costs."""
+    full, native = settings(lab), lab.cache / "native"
+    if not native.exists():
+        native.parent.mkdir(parents=True, exist_ok=True)
+        data.save(lab.dataset, native)
+    learn_all(lab, "Table 6", [("PromptMM", full)])
+    rows = []
+    for model in bench.COSTS:
+        run = lab.folder("Teacher" if model == "teacher" else "PromptMM", full)
+        command = [sys.executable, str(ROOT / "bench.py"), "--data", str(native), "--run", str(run),
+                   "--model", model, "--device", str(lab.device)]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append({"model": model, **json.loads(found)})
+    for row in rows:
+        for name, sizes in (("learnt", ["trainable"]), ("all", ["trainable", "buffers"])):
+            share = sum(row[size] for size in sizes) / sum(rows[0][size] for size in sizes)
+            row[name] = f"{share:.1%}"
+        row["faster"] = f"{rows[0]['embed'] / row['embed']:.1f} x"
+        row |= {key: round(row[key]) for key in ("peak_embed", "peak_train")}
+    text = markdown(rows, {
+        "model": "", "epoch": "s/epoch", "peak_train": "peak MiB, training",
+        "trainable": "learnt", "buffers": "features", "learnt": "ratio, learnt",
+        "all": "with features",
+        "embed": "s to embeddings", "faster": "faster", "peak_embed": "peak MiB, embedding",
+        "serve": "bytes to serve"})
+    note = ("each row is a process of its own, its peak that of the process, torch's own pages "
+            "included; s/epoch: median of three, without validation; s to embeddings: from files "
+            "on disk to E_u and E_i; bytes to serve: what must be held to refresh and serve "
+            "embeddings, that is tables, and of the teacher reductions, prompt and features too. "
+            "Frozen final embeddings would be equally large for both")
+    return Output(f"Table 6. Cost on {lab.dataset.name}", rows, text, note)
+
+
+def table7(lab: Lab, seeds: int = 3) -> Output:
+    """Incremental: a fifth of the training interactions arrives later."""
+    full, seeds = settings(lab), lab.count(seeds)
+    found = [increment(lab, replace(full, seed=seed)) for seed in range(seeds)]
+    rows = []
+    for model in found[0]:
+        values = {key: np.array([one[model][key] for one in found]) for key in found[0][model]}
+        rows.append({"model": model} | {
+            key: {"mean": runs.mean(), "std": runs.std(ddof=1) if seeds > 1 else 0.0,
+                  "runs": runs.tolist()} for key, runs in values.items()})
+    whole = rows[-1]["seconds"]["mean"]
+    for row in rows:
+        row["time"] = f"{row['seconds']['mean']:.2f} s"
+        row["times faster"] = (f"{whole / row['seconds']['mean']:.0f} x"
+                               if row["seconds"]["mean"] else "")
+    text = markdown(rows, {"model": "after the new interactions", "recall@20": "Recall@20",
+                           "ndcg@20": "NDCG@20", "time": "time",
+                           "times faster": "against retraining"})
+    note = ("a random fifth of the training interactions is held back for each seed; fine-tuning: "
+            "BPR on the new ones only, over the whole graph, at a tenth of the student's step, "
+            "until validation stops improving; time: training alone, validation not counted")
+    return Output(f"Table 7. Adapting to new data on {lab.dataset.name}, test split", rows, text,
+                  f"{note}; {protocol(full, seeds)}")
+
+
+def increment(lab: Lab, config: Config) -> dict[str, dict[str, float]]:
+    """One seed of Table 7: recall, NDCG and training seconds of each way to take in new data."""
+    train, rng = lab.dataset.train, np.random.default_rng(config.seed)
+    new = train.copy()
+    new.data = (rng.random(train.nnz) < 0.2).astype(train.dtype)
+    new.eliminate_zeros()
+    old = replace(lab.dataset, train=(train - new).tocsr())
+    before = replace(lab, dataset=old)
+    learn_all(before, "Table 7, before", [("PromptMM", config)])
+    learn_all(lab, "Table 7, retrained", [("LightGCN", config), ("PromptMM", config)])
+    folder = before.folder("PromptMM", config)
+    learnt = data.read_torch(folder / "student.pt", lab.device)
+    learnt = {name.removeprefix("student."): value for name, value in learnt.items()
+              if name.startswith("student.")}
+    student = Student(train, config, lab.device)
+    student.load_state_dict(learnt)
+    result = {"old student, new graph": test_of(lab, student, 0.0)}
+    spent = finetune(lab, student, new, config)
+    result["student fine-tuned"] = test_of(lab, student, spent)
+    for name, model in (("LightGCN retrained", "LightGCN"), ("PromptMM retrained", "PromptMM")):
+        stages = [model, "Teacher"] if model == "PromptMM" else [model]
+        seconds = sum(log_of(lab.folder(stage, config))["seconds"][-1] for stage in stages)
+        values = judge(lab, model, config)
+        result[name] = {metric: float(values[metric].mean()) for metric in ("recall@20", "ndcg@20")}
+        result[name]["seconds"] = seconds
+    return result
+
+
+def test_of(lab: Lab, student: Student, seconds: float) -> dict[str, float]:
+    with torch.no_grad():
+        found = evaluate(*student(), lab.dataset.test, lab.dataset.train + lab.dataset.val)
+    return {metric: found[metric] for metric in ("recall@20", "ndcg@20")} | {"seconds": seconds}
+
+
+def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config) -> float:
+    """Train a student on new interactions until validation stops improving; the seconds it took."""
+    torch.manual_seed(config.seed)
+    sampler = Sampler(lab.dataset.train, lab.device)  # negatives: neither old nor new positives
+    generator = torch.Generator(lab.device).manual_seed(config.seed)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=config.lr_student / 10, weight_decay=0.0)
+
+    def terms(users, lists):
+        return bpr_terms(student, scores(*student(), users, lists), users, lists, config.l2)
+
+    best, stale, spent = -1.0, 0, 0.0
+    for _ in range(config.epochs):
+        with torch.no_grad():
+            recall = evaluate(*student(), lab.dataset.val, lab.dataset.train)["recall@20"]
+        stale += 1
+        if recall > best:
+            best, stale = recall, 0
+            kept = {name: weight.clone() for name, weight in student.state_dict().items()}
+        if stale == 3:
+            break
         began = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:]))
+        users, lists = sampler.epoch(generator)
+        edges = users.cpu().numpy().copy(), lists[:, 0].cpu().numpy().copy()
+        fresh = np.asarray(new[edges]).ravel() > 0
+        fresh = torch.from_numpy(fresh).to(lab.device)
+        _epoch(student, optimiser, (users[fresh], lists[fresh]), config.batch, terms)
+        spent += time.perf_counter() - began
+    student.load_state_dict(kept)
+    return spent
 
 
-def show(name: str, ours: float, theirs: float | None = None, note: str = "") -> None:
-    """One row: seconds, seconds of the usual way, their ratio."""
-    ratio = f"{theirs:12.4f} s {theirs / ours:8.1f} x" if theirs is not None else " " * 25
-    print(f"{name:46}{ours:10.4f} s{ratio}  {note}", flush=True)
+# ---------------------------------------------------------------- figures
 
 
-def step(learner: nn.Module, terms):
-    """A call that makes one optimiser step."""
-    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-3, fused=True)
-
-    def call():
-        optimiser.zero_grad()
-        sum(terms().values()).backward()
-        optimiser.step()
-
-    return call
-
-
-def steps(dataset: Dataset, config: Config, device: str, kind: type = Teacher) -> dict:
-    """One step of each kind of training on a dataset, by name, each ready to be timed."""
-    torch.manual_seed(0)
-    generator = torch.Generator(device).manual_seed(0)
-    users, lists = Sampler(dataset.train, device).epoch(generator, config.negatives)
-    batch = users[: config.batch], lists[: config.batch]
-    teacher, student = kind(dataset, config, device), Student(dataset.train, config, device)
-    pairs = batch[0], batch[1][:, :2]
-    calls = {"student alone": step(student, lambda: student_terms(student, config, None, *pairs)),
-             "teacher, stage 1": step(teacher, lambda: teacher_terms(teacher, *pairs))}
-    frozen = kind(dataset, config, device).eval().requires_grad_(False)
-    with torch.no_grad():
-        encoded = frozen(fixed := frozen.fixed())
-    frozen.prompt.requires_grad_(True)
-    both = nn.ModuleDict({"student": student, "prompt": frozen.prompt})
-    calls["student, prompt frozen"] = step(
-        student, lambda: student_terms(student, config, encoded, *batch))
-    calls["student, prompt tuned"] = step(
-        both, lambda: student_terms(student, config, frozen(fixed), *batch))
-    return calls
+def figure3(lab: Lab) -> Output:
+    """t-SNE of x^m and of f^m with and without prompt; and how far modalities mix, in a number."""
+    full, panels = settings(lab), {}
+    chosen = np.random.default_rng(0).permutation(lab.dataset.train.shape[1])
+    chosen = chosen[: 100 if lab.quick else 400]
+    for name, config in (("f with prompt", full),
+                         ("f w/o prompt", replace(full, lambda_prompt=0.0))):
+        learn_all(lab, "Figure 3", [("Teacher", config)])
+        with torch.no_grad():
+            teacher = load_teacher(lab, config)
+            panels[name] = {m: f[chosen].cpu().numpy() for m, f in teacher().reduced.items()}
+    raw = {m: x[chosen] for m, x in teacher.features.items()}  # to d by PCA, for one common width
+    panels = {"x, raw": {m: data.pca_tokens(x, full.dim).cpu().numpy() for m, x in raw.items()},
+              **panels}
+    rows = [{"panel": name, "mixing": mixing(points)} for name, points in panels.items()]
+    text = markdown(rows, {"panel": "", "mixing": "neighbours of another modality"})
+    note = (f"{len(chosen)} random items; mixing: share of the 10 nearest neighbours, in the "
+            f"{full.dim} dimensions and not in the plot, that belong to another modality, over "
+            "what chance gives (1: the modalities are one cloud; 0: apart)")
+    return Output(f"Figure 3. t-SNE of the modalities on {lab.dataset.name}", rows, text, note,
+                  partial(plot_tsne, panels))
 
 
-# ---------------------------------------------------------------- the rows
+def mixing(points: dict[str, np.ndarray]) -> float:
+    x = np.concatenate(list(points.values()))
+    kind = np.repeat(np.arange(len(points)), [len(part) for part in points.values()])
+    distance = np.square(x).sum(1)[None] - 2 * x @ x.T
+    np.fill_diagonal(distance, np.inf)
+    nearest = np.argpartition(distance, 10, axis=1)[:, :10]
+    return float((kind[nearest] != kind[:, None]).mean() / (1 - 1 / len(points)))
 
 
-def bench_propagation(dataset: Dataset, config: Config, device: str) -> None:
-    graph, n_users = Graph(dataset.train, device), dataset.train.shape[0]
-    coo = adjacency(dataset.train).tocoo()
-    matrix = torch.sparse_coo_tensor(np.stack(coo.coords), coo.data, coo.shape, device=device,
-                                     check_invariants=True).coalesce()
-    x = torch.randn(sum(dataset.train.shape), config.dim, device=device, requires_grad=True)
-    gradient = torch.randn_like(x)
+def plot_tsne(panels: dict, figure) -> None:
+    from sklearn.manifold import TSNE
 
-    def ours():
-        user, item = lightgcn(graph, x[:n_users], x[n_users:], 2)
-        torch.autograd.backward([user, item], [gradient[:n_users], gradient[n_users:]])
-
-    theirs = median(lambda: coo_lightgcn(matrix, x, 2).backward(gradient), device)
-    show("propagation, 2 layers, forward + backward", median(ours, device), theirs,
-         "torch.sparse.mm on COO")
+    for axis, (name, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        x = np.concatenate(list(points.values()))
+        flat = TSNE(init="pca", random_state=0).fit_transform(x)
+        for (m, part), marker in zip(points.items(), product("os^vD"), strict=False):
+            axis.scatter(*flat[: len(part)].T, s=8, alpha=0.6, marker=marker[0], label=m, lw=0)
+            flat = flat[len(part) :]
+        axis.set(title=f"{name}: mixing {mixing(points):.2f}", xticks=[], yticks=[],
+                 xlabel="t-SNE 1", ylabel="t-SNE 2")
+    axis.legend(title="modality", fontsize=8)
 
 
-def bench_sampler(dataset: Dataset, config: Config, device: str) -> None:
-    sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
-    theirs = median(lambda: loop_sampler(dataset.train), repeat=1)
-    show("sampler, an epoch of triplets", median(lambda: sampler.epoch(generator), device), theirs,
-         "a loop over edges, np.random.randint")
+SWEEPS = {  # the paper's, Sec. 4.5; both models take a value of d and L
+    "d": (("dim",), (16, 32, 64, 128)), "L": (("teacher_layers", "student_layers"), (1, 2, 3, 4)),
+    "dropout": (("dropout",), (0.0, 0.2, 0.4, 0.6, 0.8)),
+    "λ₁": (("lambda_prompt",), (0.0, 0.01, 0.1, 1.0, 10.0)),
+    "λ₂": (("lambda_pair",), (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
+    "λ₃": (("lambda_list",), (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
+}
 
 
-def bench_evaluate(dataset: Dataset, config: Config, device: str) -> None:
-    user, item = (torch.randn(n, config.dim, device=device) for n in dataset.train.shape)
-    exclude = dataset.train + dataset.val
-    pair = user.cpu().numpy(), item.cpu().numpy()
-    theirs = median(lambda: loop_evaluate(*pair, dataset.test, exclude), repeat=1)
-    ours = median(lambda: evaluate(user, item, dataset.test, exclude), device)
-    show("evaluate, exact ties", ours, theirs, "a loop over users, full stable argsort")
+def figure4(lab: Lab, seeds: int = 1) -> Output:
+    """One setting at a time, the others as they are."""
+    full, rows = settings(lab), []
+    grid = [(symbol, value, replace(full, **dict.fromkeys(names, value)))
+            for symbol, (names, values) in SWEEPS.items()
+            for value in (values[:2] if lab.quick else values)]
+    learn_all(lab, "Figure 4", [("PromptMM", one) for *_, config in grid
+                                for one in seeded(lab, config, seeds)])
+    for symbol, value, config in grid:
+        row = {"setting": symbol, "value": value}
+        for model in ("Teacher", "PromptMM"):
+            runs = [float(judge(lab, model, one)["recall@20"].mean())
+                    for one in seeded(lab, config, seeds)]
+            row[model] = {"mean": float(np.mean(runs)), "runs": runs,
+                          "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0}
+        rows.append(row)
+    text = markdown(rows, {"setting": "setting", "value": "value", "Teacher": "teacher, Recall@20",
+                           "PromptMM": "student, Recall@20"})
+    return Output(f"Figure 4. Settings on {lab.dataset.name}, test split", rows, text,
+                  protocol(full, lab.count(seeds)), partial(plot_sweeps, rows))
 
 
-def bench_bandwidth(dataset: Dataset, config: Config, device: str) -> None:
-    """A student-only epoch against the time that its memory traffic takes at copying speed.
+def plot_sweeps(rows: list[dict], figure) -> None:
+    for axis, symbol in zip(figure.subplots(2, 3, sharey=True).flat, SWEEPS, strict=True):
+        shown = [row for row in rows if row["setting"] == symbol]
+        for model, style in (("Teacher", "s--"), ("PromptMM", "o-")):
+            axis.errorbar([f"{row['value']:g}" for row in shown],
+                          [row[model]["mean"] for row in shown],
+                          [row[model]["std"] for row in shown], fmt=style, ms=4, capsize=2,
+                          label={"Teacher": "teacher", "PromptMM": "student"}[model])
+        axis.set_xlabel(symbol)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.supylabel("Recall@20, test")
 
-    Traffic: L sparse products forward and L backward, each the matrix (8 bytes an edge and
-    direction), a row of d floats read for every edge and direction, and the output written; and
-    AdamW, four reads and three writes of every parameter. With a cache that holds the whole table
-    a row need be read only once: the tighter bound, printed as well.
+
+def figure5(lab: Lab, seeds: int = 3) -> Output:
+    """Convergence: validation Recall@20 and the loss, epoch by epoch."""
+    models = {model: settings(lab, model) for model in ("LightGCN", "Teacher", "PromptMM")}
+    learn_all(lab, "Figure 5", [(model, one) for model, config in models.items()
+                                for one in seeded(lab, config, seeds)])
+    curves, rows = {}, []
+    for model, config in models.items():
+        curves[model] = [log_of(lab.folder(model, one)) for one in seeded(lab, config, seeds)]
+        for seed, log in enumerate(curves[model]):
+            best = int(log["recall@20"].argmax())
+            rows.append({"model": model, "seed": seed, "selected": int(log["epoch"][best]),
+                         "stopped": int(log["epoch"][-1]),
+                         "recall@20": float(log["recall@20"][best]),
+                         "seconds": float(log["seconds"][-1]),
+                         "curve": {name: log[name].tolist()
+                                   for name in ("epoch", "recall@20", "ndcg@20", "loss")}})
+    text = markdown(rows, {"model": "model", "seed": "seed", "selected": "epoch selected",
+                           "stopped": "epoch stopped", "recall@20": "validation Recall@20",
+                           "seconds": "s of training"})
+    return Output(f"Figure 5. Convergence on {lab.dataset.name}, validation split", rows, text,
+                  protocol(models["PromptMM"], lab.count(seeds)), partial(plot_curves, curves))
+
+
+def plot_curves(curves: dict, figure) -> None:
+    for axis, metric in zip(figure.subplots(1, 2), ("recall@20", "loss"), strict=True):
+        for (model, logs), colour in zip(curves.items(), ("C0", "C1", "C2"), strict=True):
+            for log in logs:
+                axis.plot(log["epoch"], log[metric], color=colour, lw=1, alpha=0.7,
+                          label=model if log is logs[0] else None)
+        name = {"recall@20": "Recall@20, validation", "loss": "training objective"}[metric]
+        axis.set(xlabel="epoch", xscale="log", ylabel=name)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8, title="one line a seed")
+
+
+# ---------------------------------------------------------------- the search
+
+GRID = {"lr_student": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "batch": (2048, 4096, 8192)}
+SPACE = {
+    "MF-BPR": GRID,
+    "LightGCN": GRID | {"student_layers": (1, 2, 3, 4)},
+    "Teacher": {
+        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2), "l2": GRID["l2"], "teacher_layers": (1, 2, 3),
+        "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "weight_modal": (0.01, 0.1, 1.0),
+        "lambda_prompt": (0.01, 0.1, 1.0), "dropout": (0.0, 0.2, 0.5),
+        "tokens": ("mean", "concat")},
+    "PromptMM": {
+        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "student_layers": (1, 2, 3, 4),
+        "lambda_pair": (0.1, 0.3, 1.0, 3.0), "lambda_list": (0.01, 0.03, 0.1, 0.3),
+        "lambda_embed": (0.03, 0.1, 0.3, 1.0), "beta": (1.0, 8.0), "temperature": (1.0, 2.0),
+        "gamma": (1.0, 2.0, 3.0), "negatives": (5, 10, 50), "tune_prompt": (True, False)},
+}
+FAST = {"batch": 8192, "lr_teacher": 0.01, "lr_student": 0.01}  # large steps, for time's sake
+START = {  # the first try, beside the defaults; what the space lacks stays as it is here
+    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
+                                       "lr_student": 0.02}),
+    "citeulike": dict.fromkeys(SPACE, {**FAST, "eval_every": 4, "patience": 10}),
+    "tiktok": {"Teacher": FAST}}
+
+
+def tune(lab: Lab, tries: int) -> Output:
+    """Random local search on validation with one seed, as many tries for one model as for another.
+
+    A try redraws each setting of the best so far with probability 1/3. PromptMM's student is
+    searched under the best teacher found, whose settings it keeps: its l2 and batch too, as a run
+    has one of each.
     """
-    source, target = torch.empty(2, 2**27, device=device)  # 512 MiB each
-    speed = 2 * source.nbytes / median(lambda: target.copy_(source), device, 5)
-    edges, table = 2 * dataset.train.nnz, sum(dataset.train.shape) * config.dim * 4
-    once, each = edges * 8 + 2 * table, edges * (8 + config.dim * 4) + table
-    batches = -(-dataset.train.nnz // config.batch)
-    loose, bound = (batches * (2 * config.student_layers * product + 7 * table) / speed
-                    for product in (once, each))
-    student, sampler = Student(dataset.train, config, device), Sampler(dataset.train, device)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
-    def epoch():
-        _epoch(student, optimiser, sampler.epoch(torch.Generator(device)), config.batch,
-               lambda users, lists: student_terms(student, config, None, users, lists))
-
-    ours = median(epoch, device, 7)
-    show("student-only epoch", ours, note=f"{ours / bound:.2f} x its memory bound, {bound:.4f} s "
-         f"at {speed / 1e9:.0f} GB/s; {ours / loose:.2f} x if each row is read once, {loose:.4f} s")
-
-
-def bench_steps(dataset: Dataset, config: Config, device: str) -> None:
-    for name, call in steps(dataset, config, device).items():
-        show(f"step: {name}", median(call, device))
-
-
-def bench_prompt(config: Config, device: str) -> None:
-    """Stage 2 at I = 20,000, d_m = 4,096 + 1,024, the prompt tuned: fast path, direct form."""
-    wide = data.synthetic(users=20_000, items=20_000, interactions=200_000,
-                          dims={"visual": 4096, "text": 1024})
-    calls = steps(wide, config, device)
-    direct = steps(wide, config, device, DirectTeacher)["student, prompt tuned"]
-    fast = median(calls["student, prompt tuned"], device, 5)
-    show("step, prompt tuned, I = 20,000, d_m = 5,120", fast, median(direct, device, 3),
-         "p^m formed in every step")
-    show("step, prompt frozen, same size", median(calls["student, prompt frozen"], device, 5))
-    teacher = Teacher(wide, config, device).eval()
-    with torch.no_grad():
-        fast, fixed = teacher().reduced, teacher.fixed()[1]
-        prompt = teacher.prompt(teacher.tokens)
-        for m, f in fast.items():
-            direct = DirectTeacher.reduce(teacher, m, *fixed[m], prompt)
-            error = ((f - direct).norm() / direct.norm()).item()
-            print(f"  f^{m}: fast against direct, relative error {error:.1e}")
+    rows, best, rng = [], {}, np.random.default_rng(0)
+    for model, space in SPACE.items():
+        best[model] = START.get(lab.dataset.name, {}).get(model, {}) | best.get(
+            {"PromptMM": "Teacher"}.get(model), {})
+        best[model] |= {"student_layers": 0} if model == "MF-BPR" else {}
+        seen, highest = [], -1.0
+        while len(seen) < tries:
+            drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
+                     if rng.random() < 1 / 3}
+            chosen = best[model] | (drawn if seen else {})
+            config = Config(**chosen | ({"epochs": 2, "eval_every": 1} if lab.quick else {}))
+            if config in seen:
+                continue
+            seen.append(config)
+            learn_all(lab, f"tune {len(seen)} of {tries} {drawn},", [(model, config)])
+            recall = float(judge(lab, model, config, "val")["recall@20"].mean())
+            rows.append({"model": model, "validation": recall, "settings": chosen})
+            if recall > highest:
+                highest, best[model] = recall, chosen
+    for row in rows:
+        row["shown"] = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
+    text = markdown(rows, {"model": "model", "validation": "validation Recall@20",
+                           "shown": "settings", "chosen": ""})
+    return Output(f"Search on {lab.dataset.name}, validation split, seed 0", rows, text,
+                  "random search; the test split is not read; settings not named are the defaults",
+                  extra={"best": best, "tried": tries})
 
 
-def bench_growth(threads: int) -> None:
-    """Seconds a step and peak memory as U, I, E and d_m double, each in a process of its own."""
-    base = {"users": 4000, "items": 4000, "interactions": 100_000, "width": 256}
-    print(f"\n{'growth':32}{'student alone':>15}{'teacher':>10}{'tuned':>10}{'peak memory':>14}")
-    for name in base:
-        for factor in (1, 2, 4):
-            size = {**base, name: base[name] * factor}
-            flags = [f"--{key}={value}" for key, value in size.items()]
-            command = [sys.executable, __file__, "point", f"--threads={threads}", *flags]
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            print(f"{name + ' = ' + format(size[name], ','):32}{found.rstrip()}", flush=True)
-
-
-def point(args: argparse.Namespace) -> None:
-    """One size of bench_growth; prints milliseconds and this process's peak memory."""
-    dataset = data.synthetic(users=args.users, items=args.items, interactions=args.interactions,
-                             dims={"visual": args.width, "text": args.width})
-    calls = steps(dataset, Config(), "cpu")
-    names = ("student alone", "teacher, stage 1", "student, prompt tuned")
-    alone, teacher, tuned = (1000 * median(calls[name], repeat=5) for name in names)
-    [peak] = [int(line.split()[1]) / 2**10 for line in open("/proc/self/status")
-              if line.startswith("VmHWM")]  # rusage would count the parent's pages too
-    print(f"{alone:12.1f} ms{teacher:7.1f} ms{tuned:7.1f} ms{peak:10.0f} MiB")
-
-
-def bench(args: argparse.Namespace) -> None:
-    device = str(data.pick_device(args.device))
-    config = Config(batch=2048)
-    dataset = data.load(args.data) if args.data else replace(
-        data.synthetic(users=4444, items=12_668, interactions=102_020,
-                       dims={"text": 768, "tags": 512}), name="generated, CiteULike's size")
-    print(f"{dataset.name}: {dataset.train.shape[0]:,} x {dataset.train.shape[1]:,}, "
-          f"{dataset.train.nnz:,} training edges, d = {config.dim}; {device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    for row in (bench_propagation, bench_sampler, bench_evaluate, bench_bandwidth, bench_steps):
-        row(dataset, config, device)
-    bench_prompt(config, device)
-    if device == "cpu":
-        bench_growth(torch.get_num_threads())
-
-
-# ---------------------------------------------------------------- results
-
-
-def record(args: argparse.Namespace) -> None:
-    """Copy what a finished run found, and how, to results/<dataset>/seed<seed>.json."""
-    for folder in map(Path, args.runs):
-        with data.reading(folder):
-            config = json.loads((folder / "config.json").read_text())
-            metrics = json.loads((folder / "metrics.json").read_text())
-        # The path of the data is the machine's own business; its name is enough.
-        name = config["data"] = Path(config["data"] or "synthetic").name
-        target = ROOT / "results" / name
-        target.mkdir(parents=True, exist_ok=True)
-        rows = (folder / "log.csv").read_text().splitlines()[1:]
-        metrics["epochs"] = {row.split(",")[0]: int(row.split(",")[1]) for row in rows}
-        text = json.dumps({"config": config, "metrics": metrics}, indent=1)
-        data.write(target / f"seed{config['seed']}.json", text)
-        print(f"{folder} -> {target.relative_to(ROOT)}/seed{config['seed']}.json")
-
-
-def first_run() -> str:
-    """The embedded run's table, as the command prints it, and its time."""
-    found = json.loads((ROOT / "results/synthetic/seed0.json").read_text())["metrics"]
-    seconds = sum(found["seconds"].values())
-    return (f"{seconds:.1f} s of training on two CPU cores; it prints:\n\n"
-            f"```text\n{ladder(found)}\n```")
-
-
-def real_data() -> str:
-    """Mean and standard deviation over the recorded seeds of every dataset but the embedded one."""
-    lines = ["| dataset | model | Recall@20 | NDCG@20 | seeds |", "|---|---|---|---|---|"]
-    names = {"mostpop": "MostPop", "alone": "LightGCN (student alone)", "teacher": "teacher",
-             "student": "student, distilled"}
-    for folder in sorted(f for f in (ROOT / "results").iterdir() if f.is_dir()):
-        files = sorted(folder.glob("seed*.json"))
-        runs = [json.loads(file.read_text())["metrics"] for file in files]
-        for key, name in names.items() if folder.name != "synthetic" else ():
-            cells = []
-            for metric in ("recall@20", "ndcg@20"):
-                values = [run["test"][key][metric] for run in runs]
-                cells.append(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")
-            lines.append(f"| {folder.name} | {name} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
+# ---------------------------------------------------------------- README and command line
 
 
 def readme() -> str:
-    """README.md with its figures taken from results/."""
+    """README.md with what stands between its markers taken from results/."""
+    def content(match: re.Match) -> str:
+        text = (ROOT / "results" / match[2]).read_text()
+        if match[2].endswith(".md"):
+            text = re.search("<!-- table -->\n(.*?)\n<!-- end -->", text, re.S)[1]
+        return f"{match[1]}{text.rstrip()}\n<!-- end -->"
+
     text = (ROOT / "README.md").read_text()
-    bench_table = (ROOT / "results/bench.txt").read_text().rstrip()
-    for name, content in (("first run", first_run()), ("real data", real_data()),
-                          ("bench", f"```text\n{bench_table}\n```")):
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        after = rest.partition("<!-- end -->")[2]
-        text = f"{before}<!-- {name} -->\n{content}\n<!-- end -->{after}"
-    return text
+    return re.sub(r"(<!-- results/(\S+) -->\n).*?<!-- end -->", content, text, flags=re.S)
+
+
+def first_run(lab: Lab) -> Output:
+    """The main job, `python promptmm.py`, as a reader runs it: its ladder and its time."""
+    folder = lab.cache / "first_run"
+    flags = ["--data", lab.source] if lab.source else []
+    flags += ["--quick"] if lab.quick else []
+    subprocess.run([sys.executable, str(ROOT / "promptmm.py"), "--out", str(folder), "--force",
+                    *flags], check=True, capture_output=True)
+    metrics = data.read_json(folder / "metrics.json", "test", "seconds")
+    seconds = sum(metrics["seconds"].values())
+    text = (f"{seconds:.1f} s of training on {torch.get_num_threads()} CPU cores; it prints:\n\n"
+            f"```text\n{ladder(metrics)}\n```")
+    return Output(f"The main job on {lab.dataset.name}", [metrics], text)
+
+
+EMBEDDED = (first_run, table3, table4, table5, options, table6, table7, figure3, figure4, figure5)
+REAL = (table3, table4, table5, table6, table7, figure5)
+PARTS = {part.__name__: part for part in EMBEDDED} | paper.PARTS
+
+
+def perform(lab: Lab, part, force: bool, **more) -> None:
+    """Run one part and publish it; a part that was finished here is left as it is."""
+    name = part.__name__
+    chosen = [vars(settings(lab, model)) for model in STAGE]
+    stamp = lab.cache / f"{name}-{digest([chosen, lab.seeds, lab.quick, str(lab.out), more])}.done"
+    if stamp.exists() and not force:
+        print(f"{name}: finished before, {stamp.read_text()}; --force computes it again")
+        return
+    began = time.perf_counter()
+    output = part(**more) if name in paper.PARTS else part(lab, **more)
+    seeds = lab.count((part.__defaults__ or [1])[0])
+    folder = lab.out / ("paper" if name in paper.PARTS else lab.dataset.name)
+    where = publish(lab, folder, name, output, time.perf_counter() - began, seeds)
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    write(stamp, str(where))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = data.Parser(prog="experiments.py", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("bench", "point", "record", "readme"))
-    parser.add_argument("runs", nargs="*", help="run folders to record")
-    parser.add_argument("--data", help="dataset folder (default: generated, CiteULike's size)")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="experiments.py", description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=(*PARTS, "all", "tune", "bench", "readme"))
+    parser.add_argument("--data", default="", help="dataset folder (default: the embedded data)")
+    parser.add_argument("--seeds", type=int, default=0, help="runs a model (default: the part's)")
+    parser.add_argument("--tries", type=int, default=16, help="of tune, a model (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
-    for size in ("users", "items", "interactions", "width"):
-        parser.add_argument(f"--{size}", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="(default: results; with --quick: runs/quick)")
+    parser.add_argument("--quick", action="store_true", help="two epochs a stage: a smoke test")
+    parser.add_argument("--force", action="store_true", help="compute everything again")
     try:
+        if argv[:1] == ["bench"]:
+            return bench.main(argv[1:])
         args = parser.parse_args(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        if args.command == "readme":
-            data.write(ROOT / "README.md", readme())
-        else:
-            {"bench": bench, "point": point, "record": record}[args.command](args)
-    except (DataError, OSError) as error:
+        if args.part == "readme":
+            write(ROOT / "README.md", readme())
+            return 0
+        need(args.seeds >= 0 and 0 < args.tries <= 24,
+             f"expected --seeds 0 or more and --tries 1 to 24, found {args.seeds}, {args.tries}")
+        dataset = data.load(args.data) if args.data else data.synthetic()
+        out = args.out or ROOT / ("runs/quick" if args.quick else "results")
+        lab = Lab(dataset, args.data, data.pick_device(args.device), args.seeds, args.quick, out)
+        torch.use_deterministic_algorithms(lab.device.type == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        if args.force:
+            shutil.rmtree(lab.cache, ignore_errors=True)
+        if args.part == "tune":
+            perform(lab, tune, args.force, tries=2 if args.quick else args.tries)
+        for part in (REAL if args.data else (*EMBEDDED, *paper.PARTS.values())):
+            if args.part in ("all", part.__name__):
+                perform(lab, part, args.force)
+    except (DataError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     return 0
 
 
