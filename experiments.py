@@ -400,22 +400,24 @@ SPACE = {
     "MF-BPR": GRID,
     "LightGCN": GRID | {"student_layers": (1, 2, 3, 4)},
     "Teacher": {
-        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2), "l2": GRID["l2"], "teacher_layers": (1, 2, 3),
+        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2), "teacher_layers": (1, 2, 3, 4),
         "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "weight_modal": (0.01, 0.1, 1.0),
         "lambda_prompt": (0.01, 0.1, 1.0), "dropout": (0.0, 0.2, 0.5),
         "tokens": ("mean", "concat")},
     "PromptMM": {
-        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "student_layers": (1, 2, 3, 4),
-        "lambda_pair": (0.1, 0.3, 1.0, 3.0), "lambda_list": (0.01, 0.03, 0.1, 0.3),
-        "lambda_embed": (0.03, 0.1, 0.3, 1.0), "beta": (1.0, 8.0), "temperature": (1.0, 2.0),
-        "gamma": (1.0, 2.0, 3.0), "negatives": (5, 10, 50), "tune_prompt": (True, False)},
+        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "batch_student": GRID["batch"],
+        "student_layers": (1, 2, 3, 4), "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
+        "lambda_list": (0.01, 0.03, 0.1, 0.3), "lambda_embed": (0.03, 0.1, 0.3, 1.0),
+        "beta": (1.0, 8.0), "temperature": (1.0, 2.0), "gamma": (1.0, 2.0, 3.0),
+        "negatives": (5, 10, 50), "tune_prompt": (True, False)},
 }
-FAST = {"batch": 8192, "lr_teacher": 0.01, "lr_student": 0.01}  # large steps, for time's sake
+PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
 START = {  # the first try, beside the defaults; what the space lacks stays as it is here
     "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
                                        "lr_student": 0.02}),
-    "citeulike": dict.fromkeys(SPACE, {**FAST, "eval_every": 4, "patience": 10}),
-    "tiktok": {"Teacher": FAST}}
+    "citeulike": dict.fromkeys(SPACE, PACE) | {
+        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}, "PromptMM": {"batch_student": 2048}},
+    "tiktok": {"Teacher": {"batch": 8192, "lr_teacher": 0.01}, "PromptMM": {"batch_student": 2048}}}
 
 
 def tune(lab: Lab, tries: int) -> Output:
@@ -530,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
         lab = Lab(dataset, args.data, data.pick_device(args.device), args.seeds, args.quick, out)
         torch.use_deterministic_algorithms(lab.device.type == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
-        if args.force:
+        if args.force and args.part == "all":
             shutil.rmtree(lab.cache, ignore_errors=True)
         if args.part == "tune":
             perform(lab, tune, args.force, tries=2 if args.quick else args.tries)

@@ -90,6 +90,7 @@ class Config:
     l2: float = setting(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
     weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
     batch: int = setting(2048, "training edges in a step (ours; released code: 512-1024)", low=1)
+    batch_student: int = setting(0, "the student's; 0: as batch (ours)")
     epochs: int = setting(400, "cap on the epochs of a stage (ours)", low=1)
     eval_every: int = setting(2, "epochs between validations (ours)", low=1)
     patience: int = setting(20, "validations that end a stage if none is better (ours)", low=1)
@@ -101,10 +102,9 @@ class Config:
         """Refuse what cannot work."""
         for one in fields(self):
             value, meta, word = getattr(self, one.name), one.metadata, "{low} <= number < {high}"
-            text = type(value) is str
-            word = " or ".join(meta["choices"]) if text else word.format(**meta)
-            need(value in meta["choices"] if text else meta["low"] <= value < meta["high"],
-                 f"{one.name}: expected {word}, found {value}")
+            word = " or ".join(meta["choices"]) if type(value) is str else word.format(**meta)
+            inside = type(value) is not str and meta["low"] <= value < meta["high"]
+            need(inside or value in meta["choices"], f"{one.name}: expected {word}, found {value}")
         need(self.weight_modal or not self.lambda_list, "weight_modal: expected > 0 for lists")
         need(not self.warm_start or self.dim_student in (0, self.dim), "dim_student: expected d")
 
@@ -229,8 +229,7 @@ class Teacher(nn.Module):
         self.graph = Graph(dataset.train, device)
         self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
         self.user, self.item = (table(rows, config.dim) for rows in dataset.train.shape)
-        widths = [x.shape[1] for x in self.features.values()]  # d_m
-        self.reduction = nn.ModuleList(Linear(d_m, config.dim) for d_m in widths)
+        self.reduction = nn.ModuleList(Linear(len(x.T), config.dim) for x in self.features.values())
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
         self.to(device)
 
@@ -376,6 +375,7 @@ def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, term
     an earlier session finished is read from its file.
     """
     config, state, file = run.config, run.state, run.folder / f"{stage}.pt"
+    batch = config.batch if stage == "teacher" else config.batch_student or config.batch
     if file.exists():
         return learner.load_state_dict(data.read_torch(file, run.device))
     sampler, generator = Sampler(run.dataset.train, run.device), torch.Generator(run.device)
@@ -392,7 +392,7 @@ def fit(run: Run, stage: str, learner: nn.Module, groups: list, width: int, term
         seed = 1_000_003 * config.seed + 2 * state["epoch"] + (stage == "teacher")
         torch.manual_seed(seed)  # dropout
         samples = sampler.epoch(generator.manual_seed(seed), width - 1)
-        means = _epoch(learner, optimiser, samples, config.batch, terms)
+        means = _epoch(learner, optimiser, samples, batch, terms)
         state["seconds"] += time.perf_counter() - began
         if state["epoch"] % config.eval_every == 0 or state["epoch"] == config.epochs:
             _validate(run, learner, means, rank)

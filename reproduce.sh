@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set-up check, then the main job on the embedded data (or on yours: --data DIR), then its figures
-# into results/<dataset>/. Arguments go to promptmm.py; --quick makes it a smoke test.
+# Set-up check, then every table and figure into results/: on the embedded data, or on yours with
+# --data DIR. --quick is a smoke test of it all, written to runs/quick/.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -16,6 +16,4 @@ print(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy
       f"scipy {scipy.__version__}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}")
 PYTHON
 
-python promptmm.py "$@" --out runs/reproduce --force
-case " $* " in *" --quick "*) echo "quick: nothing recorded"; exit 0 ;; esac
-python experiments.py record runs/reproduce
+python experiments.py all "$@"

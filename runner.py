@@ -30,7 +30,8 @@ SHARED = {"dim", "l2", "weight_decay", "batch", "epochs", "eval_every", "patienc
 TAUGHT = {"lambda_pair", "lambda_list", "lambda_embed", "alpha", "beta", "temperature", "gamma",
           "negatives", "tune_prompt", "weight_anchor", "warm_start"}
 ALONE = SHARED | {"dim_student", "student_layers", "lr_student"}
-TEACHER = {one.name for one in fields(Config)} - TAUGHT - (ALONE - SHARED) - {"alone", "mask"}
+OTHER = {"batch_student", "alone", "mask"}  # the first is looked at where the batch is
+TEACHER = {one.name for one in fields(Config)} - TAUGHT - (ALONE - SHARED) - OTHER
 STAGE = {"MF-BPR": "alone", "LightGCN": "alone", "Teacher": "teacher", "PromptMM": "student"}
 MATTERS = {"alone": ALONE, "teacher": TEACHER, "student": ALONE | TEACHER | TAUGHT}
 
@@ -60,7 +61,12 @@ class Lab:
     def folder(self, model: str, config: Config) -> Path:
         """Where a trained model lies: named by the settings that matter for it, no others."""
         stage = STAGE[model]
-        return self.cache / f"{stage}-{digest({n: getattr(config, n) for n in MATTERS[stage]})}"
+        matter = {name: getattr(config, name) for name in MATTERS[stage]}
+        if config.batch_student and stage == "alone":
+            matter["batch"] = config.batch_student
+        if config.batch_student and stage == "student":
+            matter["batch_student"] = config.batch_student
+        return self.cache / f"{stage}-{digest(matter)}"
 
 
 def digest(content) -> str:
