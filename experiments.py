@@ -416,22 +416,25 @@ START = {  # the first try, beside the defaults; what the space lacks stays as i
     "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
                                        "lr_student": 0.02}),
     "citeulike": dict.fromkeys(SPACE, PACE) | {
-        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}, "PromptMM": {"batch_student": 2048}},
-    "tiktok": {"Teacher": {"batch": 8192, "lr_teacher": 0.01}, "PromptMM": {"batch_student": 2048}}}
+        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}},
+    "tiktok": {"Teacher": {"batch": 4096, "fusion": 0.1}}}
 
 
 def tune(lab: Lab, tries: int) -> Output:
     """Random local search on validation with one seed, as many tries for one model as for another.
 
     A try redraws each setting of the best so far with probability 1/3. PromptMM's student is
-    searched under the best teacher found, whose settings it keeps: its l2 and batch too, as a run
-    has one of each.
+    searched under the best teacher found, and begins as the best LightGCN found.
     """
     rows, best, rng = [], {}, np.random.default_rng(0)
     for model, space in SPACE.items():
-        best[model] = START.get(lab.dataset.name, {}).get(model, {}) | best.get(
-            {"PromptMM": "Teacher"}.get(model), {})
-        best[model] |= {"student_layers": 0} if model == "MF-BPR" else {}
+        best[model] = dict(START.get(lab.dataset.name, {}).get(model, {}))
+        if model == "MF-BPR":
+            best[model]["student_layers"] = 0
+        if model == "PromptMM":
+            like = vars(Config(**best["LightGCN"]))
+            best[model] |= {"batch_student": like["batch"], **best["Teacher"], **{
+                name: like[name] for name in ("lr_student", "student_layers")}}
         seen, highest = [], -1.0
         while len(seen) < tries:
             drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
@@ -459,13 +462,16 @@ def tune(lab: Lab, tries: int) -> Output:
 # ---------------------------------------------------------------- README and command line
 
 
+def fence(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
 def readme() -> str:
     """README.md with what stands between its markers taken from results/."""
     def content(match: re.Match) -> str:
         text = (ROOT / "results" / match[2]).read_text()
-        if match[2].endswith(".md"):
-            text = re.search("<!-- table -->\n(.*?)\n<!-- end -->", text, re.S)[1]
-        return f"{match[1]}{text.rstrip()}\n<!-- end -->"
+        table = re.search("<!-- table -->\n(.*?)\n<!-- end -->", text, re.S)
+        return f"{match[1]}{table[1] if table else fence(text)}\n<!-- end -->"
 
     text = (ROOT / "README.md").read_text()
     return re.sub(r"(<!-- results/(\S+) -->\n).*?<!-- end -->", content, text, flags=re.S)
@@ -481,7 +487,7 @@ def first_run(lab: Lab) -> Output:
     metrics = data.read_json(folder / "metrics.json", "test", "seconds")
     seconds = sum(metrics["seconds"].values())
     text = (f"{seconds:.1f} s of training on {torch.get_num_threads()} CPU cores; it prints:\n\n"
-            f"```text\n{ladder(metrics)}\n```")
+            f"{fence(ladder(metrics))}")
     return Output(f"The main job on {lab.dataset.name}", [metrics], text)
 
 

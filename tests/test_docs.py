@@ -21,6 +21,7 @@ import promptmm
 ROOT = Path(promptmm.__file__).parent
 README = (ROOT / "README.md").read_text()
 CORE = ("promptmm", "data", "losses", "evaluate")
+EXTRA = ("runner", "experiments", "paper", "bench")
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -68,17 +69,18 @@ def code_lines(source: str) -> set[int]:
             for n in range(token.start[0], 1 + token.end[0])} - strings
 
 
-def test_the_core_stays_small():
+def test_the_code_stays_small():
     sizes = {}
-    for name in CORE:
+    for name in CORE + EXTRA:
         source = (ROOT / f"{name}.py").read_text()
         sizes[name] = len(code_lines(source))
         assert max(map(len, source.splitlines())) <= 100, name
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, node.name
-    assert max(sizes.values()) <= 420, sizes
-    assert sum(sizes.values()) <= 950, sizes
+    assert max(sizes[name] for name in CORE) <= 420, sizes
+    assert sum(sizes[name] for name in CORE) <= 950, sizes
+    assert max(sizes[name] for name in EXTRA) <= 450, sizes
 
 
 def test_the_core_imports_only_what_it_may():
@@ -96,7 +98,7 @@ def test_the_core_imports_only_what_it_may():
 
 def test_errata_ids_in_the_code_are_in_the_readme():
     told = set(re.findall(r"\b[PC]\d+\b", README))
-    for name in CORE:
+    for name in CORE + EXTRA:
         source = (ROOT / f"{name}.py").read_text()
         for cited in re.findall(r"[Ee]rrata ([PC]\d+(?:, [PC]\d+)*)", source):
             assert set(cited.split(", ")) <= told, cited
