@@ -43,6 +43,7 @@ from runner import (
     Output,
     compare,
     digest,
+    embeddings,
     judge,
     learn_all,
     load_teacher,
@@ -53,7 +54,9 @@ from runner import (
     ranking_table,
     seeded,
     settings,
+    spread,
 )
+from tune import tune
 
 # ---------------------------------------------------------------- tables
 
@@ -179,10 +182,8 @@ def table7(lab: Lab, seeds: int = 3) -> Output:
     found = [increment(lab, replace(full, seed=seed)) for seed in range(seeds)]
     rows = []
     for model in found[0]:
-        values = {key: np.array([one[model][key] for one in found]) for key in found[0][model]}
-        rows.append({"model": model} | {
-            key: {"mean": runs.mean(), "std": runs.std(ddof=1) if seeds > 1 else 0.0,
-                  "runs": runs.tolist()} for key, runs in values.items()})
+        values = {key: [one[model][key] for one in found] for key in found[0][model]}
+        rows.append({"model": model} | {key: spread(runs) for key, runs in values.items()})
     whole = rows[-1]["seconds"]["mean"]
     for row in rows:
         row["time"] = f"{row['seconds']['mean']:.2f} s"
@@ -263,6 +264,30 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
     return spent
 
 
+GROUPS = {"never": (0, 1), "1-3": (1, 4), "4-10": (4, 11), "11-50": (11, 51), "> 50": (51, 1e9)}
+
+
+def popularity(lab: Lab, seeds: int = 3) -> Output:
+    """Recall@20 by how often an item was seen in training: who gains by content?"""
+    names = ("MostPop", "LightGCN", "Teacher", "PromptMM")
+    models = {model: settings(lab, model) for model in names}
+    learn_all(lab, "popularity", [(model, one) for model, config in models.items()
+                                  for one in seeded(lab, config, seeds)])
+    train, test = lab.dataset.train, lab.dataset.test
+    seen = np.asarray(train.sum(0)).ravel()
+    rows = [{"model": "share of the test interactions"}] + [{"model": model} for model in models]
+    for group, (low, high) in GROUPS.items():
+        target = test.multiply((low <= seen) & (seen < high)).tocsr()
+        rows[0][group] = f"{target.nnz / test.nnz:.1%}"
+        for row, (model, config) in zip(rows[1:], models.items(), strict=True):
+            runs = [evaluate(*embeddings(lab, model, one), target, train + lab.dataset.val)
+                    ["recall@20"] if target.nnz else 0.0 for one in seeded(lab, config, seeds)]
+            row[group] = spread(runs)
+    text = markdown(rows, {"model": "items seen in training"} | {name: name for name in GROUPS})
+    return Output(f"Recall@20 by popularity on {lab.dataset.name}, test split", rows, text,
+                  protocol(models["PromptMM"], lab.count(seeds)))
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -334,8 +359,7 @@ def figure4(lab: Lab, seeds: int = 1) -> Output:
         for model in ("Teacher", "PromptMM"):
             runs = [float(judge(lab, model, one)["recall@20"].mean())
                     for one in seeded(lab, config, seeds)]
-            row[model] = {"mean": float(np.mean(runs)), "runs": runs,
-                          "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0}
+            row[model] = spread(runs)
         rows.append(row)
     text = markdown(rows, {"setting": "setting", "value": "value", "Teacher": "teacher, Recall@20",
                            "PromptMM": "student, Recall@20"})
@@ -392,73 +416,6 @@ def plot_curves(curves: dict, figure) -> None:
     figure.axes[0].legend(fontsize=8, title="one line a seed")
 
 
-# ---------------------------------------------------------------- the search
-
-GRID = {"lr_student": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "batch": (2048, 4096, 8192)}
-SPACE = {
-    "MF-BPR": GRID,
-    "LightGCN": GRID | {"student_layers": (1, 2, 3, 4)},
-    "Teacher": {
-        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2), "teacher_layers": (1, 2, 3, 4),
-        "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "weight_modal": (0.01, 0.1, 1.0),
-        "lambda_prompt": (0.01, 0.1, 1.0), "dropout": (0.0, 0.2, 0.5),
-        "tokens": ("mean", "concat")},
-    "PromptMM": {
-        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "batch_student": GRID["batch"],
-        "student_layers": (1, 2, 3, 4), "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
-        "lambda_list": (0.01, 0.03, 0.1, 0.3), "lambda_embed": (0.03, 0.1, 0.3, 1.0),
-        "beta": (1.0, 8.0), "temperature": (1.0, 2.0), "gamma": (1.0, 2.0, 3.0),
-        "negatives": (5, 10, 50), "tune_prompt": (True, False)},
-}
-PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
-START = {  # the first try, beside the defaults; what the space lacks stays as it is here
-    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
-                                       "lr_student": 0.02}),
-    "citeulike": dict.fromkeys(SPACE, PACE) | {
-        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}},
-    "tiktok": {"Teacher": {"batch": 4096, "fusion": 0.1}}}
-
-
-def tune(lab: Lab, tries: int) -> Output:
-    """Random local search on validation with one seed, as many tries for one model as for another.
-
-    A try redraws each setting of the best so far with probability 1/3. PromptMM's student is
-    searched under the best teacher found, and begins as the best LightGCN found.
-    """
-    rows, best, rng = [], {}, np.random.default_rng(0)
-    for model, space in SPACE.items():
-        best[model] = dict(START.get(lab.dataset.name, {}).get(model, {}))
-        if model == "MF-BPR":
-            best[model]["student_layers"] = 0
-        if model == "PromptMM":
-            like = vars(Config(**best["LightGCN"]))
-            best[model] |= {"batch_student": like["batch"], **best["Teacher"], **{
-                name: like[name] for name in ("lr_student", "student_layers")}}
-        seen, highest = [], -1.0
-        while len(seen) < tries:
-            drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
-                     if rng.random() < 1 / 3}
-            chosen = best[model] | (drawn if seen else {})
-            config = Config(**chosen | ({"epochs": 2, "eval_every": 1} if lab.quick else {}))
-            if config in seen:
-                continue
-            seen.append(config)
-            learn_all(lab, f"tune {len(seen)} of {tries} {drawn},", [(model, config)])
-            recall = float(judge(lab, model, config, "val")["recall@20"].mean())
-            rows.append({"model": model, "validation": recall, "settings": chosen})
-            if recall > highest:
-                highest, best[model] = recall, chosen
-    for row in rows:
-        row["shown"] = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
-    text = markdown(rows, {"model": "model", "validation": "validation Recall@20",
-                           "shown": "settings", "chosen": ""})
-    return Output(f"Search on {lab.dataset.name}, validation split, seed 0", rows, text,
-                  "random search; the test split is not read; settings not named are the defaults",
-                  extra={"best": best, "tried": tries})
-
-
 # ---------------------------------------------------------------- README and command line
 
 
@@ -491,8 +448,9 @@ def first_run(lab: Lab) -> Output:
     return Output(f"The main job on {lab.dataset.name}", [metrics], text)
 
 
-EMBEDDED = (first_run, table3, table4, table5, options, table6, table7, figure3, figure4, figure5)
-REAL = (table3, table4, table5, table6, table7, figure5)
+EMBEDDED = (first_run, table3, table4, table5, options, popularity, table6, table7, figure3,
+            figure4, figure5)
+REAL = (table3, table4, table5, popularity, table6, table7, figure5)
 PARTS = {part.__name__: part for part in EMBEDDED} | paper.PARTS
 
 

@@ -123,24 +123,36 @@ def log_of(folder: Path) -> dict[str, np.ndarray]:
             if name != "stage"}
 
 
-def judge(lab: Lab, model: str, config: Config, split: str = "test") -> dict[str, np.ndarray]:
-    """Metrics of each evaluated user [n] by name; on the test split, of the selected epoch only."""
-    dataset, train = lab.dataset, lab.dataset.train
+def embeddings(lab: Lab, model: str, config: Config) -> list[torch.Tensor]:
+    """E_u, E_i of a trained model; popularity as embeddings of width 1 for MostPop."""
+    train = lab.dataset.train
     if model == "MostPop":
         popularity = torch.from_numpy(np.asarray(train.sum(0), np.float32)).T
-        pair = torch.ones(train.shape[0], 1), popularity
-    else:
-        file = learn(lab, model, config) / f"{split}.npz"
-        if file.exists():
-            with np.load(file) as stored:
-                return dict(stored)
-        with np.load(file.with_name("embeddings.npz")) as stored:
-            pair = [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
-    exclude = train if split == "val" else train + dataset.val
-    found = evaluate(*pair, getattr(dataset, split), exclude, per_user=True)["per_user"]
-    if model != "MostPop":
+        return [torch.ones(train.shape[0], 1), popularity]
+    with np.load(learn(lab, model, config) / "embeddings.npz") as stored:
+        return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
+
+
+def judge(lab: Lab, model: str, config: Config, split: str = "test") -> dict[str, np.ndarray]:
+    """Metrics of each evaluated user [n] by name; on the test split, of the selected epoch only."""
+    file = learn(lab, model, config) / f"{split}.npz" if model in STAGE else None
+    if file and file.exists():
+        with np.load(file) as stored:
+            return dict(stored)
+    dataset = lab.dataset
+    exclude = dataset.train if split == "val" else dataset.train + dataset.val
+    found = evaluate(*embeddings(lab, model, config), getattr(dataset, split), exclude,
+                     per_user=True)["per_user"]
+    if file:
         write(file, lambda stream: np.savez(stream, **found))
     return found
+
+
+def spread(runs) -> dict:
+    """Mean, standard deviation and the values themselves."""
+    runs = np.asarray(runs, float)
+    return {"mean": float(runs.mean()), "std": float(runs.std(ddof=1)) if len(runs) > 1 else 0.0,
+            "runs": runs.tolist()}
 
 
 def seeded(lab: Lab, config: Config, seeds: int) -> list[Config]:
@@ -168,9 +180,7 @@ def compare(lab: Lab, title: str, rows: dict[str, tuple[str, Config]], seeds: in
     for name, found in values.items():
         row = {"model": name}
         for metric in ("recall@20", "ndcg@20", "recall@50", "ndcg@50"):
-            runs = found[metric].mean(1)
-            row[metric] = {"mean": runs.mean(), "std": runs.std(ddof=1) if len(runs) > 1 else 0.0,
-                           "runs": runs.tolist()}
+            row[metric] = spread(found[metric].mean(1))
         for key, metric in (("p", "recall@20"), ("p_ndcg", "ndcg@20")):
             if name != reference:
                 test = paired_test(found[metric], values[reference][metric])

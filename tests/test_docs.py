@@ -21,7 +21,7 @@ import promptmm
 ROOT = Path(promptmm.__file__).parent
 README = (ROOT / "README.md").read_text()
 CORE = ("promptmm", "data", "losses", "evaluate")
-EXTRA = ("runner", "experiments", "paper", "bench")
+EXTRA = ("runner", "experiments", "tune", "paper", "bench")
 
 
 @pytest.mark.parametrize("name", CORE)

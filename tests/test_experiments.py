@@ -16,6 +16,7 @@ import experiments
 import paper
 import promptmm
 import runner
+import tune
 from promptmm import PRESETS, Config
 from runner import Lab, compare, judge, learn, markdown, publish, seeded, settings
 
@@ -134,10 +135,10 @@ def test_the_search_reads_no_test_split(lab, monkeypatch):
 
     monkeypatch.setattr(runner, "evaluate", watched)
     monkeypatch.setattr(promptmm, "evaluate", watched)
-    output = experiments.tune(dataclasses.replace(lab, quick=True), 3)
+    output = tune.tune(dataclasses.replace(lab, quick=True), 3)
     assert splits and not any(splits)
     best = output.extra["best"]
-    for model in experiments.SPACE:
+    for model in tune.SPACE:
         rows = [row for row in output.rows if row["model"] == model]
         assert len(rows) == 3
         assert best[model] == max(rows, key=lambda row: row["validation"])["settings"]
@@ -156,7 +157,7 @@ def test_every_preset_value_comes_from_a_search():
         search = json.loads((RESULTS / name / "tune.json").read_text())
         assert Config(**preset) == Config(**search["best"]["PromptMM"])
         tries = [row["model"] for row in search["rows"]]
-        assert {tries.count(model) for model in experiments.SPACE} == {search["tried"]}
+        assert {tries.count(model) for model in tune.SPACE} == {search["tried"]}
         assert search["tried"] <= 24
 
 
@@ -201,8 +202,8 @@ def test_outputs_appear_whole_and_say_how_they_were_made(lab, capsys, monkeypatc
     assert "skipped figure9.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["table3", "table4", "table5", "options", "table7", "figure4",
-                                  "figure5"])
+@pytest.mark.parametrize("name", ["table3", "table4", "table5", "options", "popularity", "table7",
+                                  "figure4", "figure5"])
 def test_each_part_runs_and_a_second_time_does_nothing(name, tiny, folder, tmp_path, monkeypatch,
                                                        capsys):
     monkeypatch.setattr(runner, "ROOT", tmp_path)

@@ -1,0 +1,75 @@
+"""The search behind every preset: small, logged, on validation, equal for all models.
+
+    python experiments.py tune [--data DIR] [--tries N]
+
+results/<dataset>/tune.md lists every try; `runner.settings` reads the best from its .json.
+"""
+
+import numpy as np
+
+from promptmm import Config
+from runner import Lab, Output, judge, learn_all, markdown
+
+GRID = {"lr_student": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "batch": (2048, 4096, 8192)}
+SPACE = {
+    "MF-BPR": GRID,
+    "LightGCN": GRID | {"student_layers": (1, 2, 3, 4)},
+    "Teacher": {
+        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2), "teacher_layers": (1, 2, 3, 4),
+        "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "weight_modal": (0.01, 0.1, 1.0),
+        "lambda_prompt": (0.01, 0.1, 1.0), "dropout": (0.0, 0.2, 0.5),
+        "tokens": ("mean", "concat")},
+    "PromptMM": {
+        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "batch_student": GRID["batch"],
+        "student_layers": (1, 2, 3, 4), "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
+        "lambda_list": (0.01, 0.03, 0.1, 0.3), "lambda_embed": (0.03, 0.1, 0.3, 1.0),
+        "beta": (1.0, 8.0), "temperature": (1.0, 2.0), "gamma": (1.0, 2.0, 3.0),
+        "negatives": (5, 10, 50), "tune_prompt": (True, False)},
+}
+PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
+START = {  # the first try, beside the defaults; what the space lacks stays as it is here
+    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
+                                       "lr_student": 0.02}),
+    "citeulike": dict.fromkeys(SPACE, PACE) | {
+        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}},
+    "tiktok": {"Teacher": {"batch": 4096, "fusion": 0.1}}}
+
+
+def tune(lab: Lab, tries: int) -> Output:
+    """Random local search on validation with one seed, as many tries for one model as for another.
+
+    A try redraws each setting of the best so far with probability 1/3. PromptMM's student is
+    searched under the best teacher found, and begins as the best LightGCN found.
+    """
+    rows, best, rng = [], {}, np.random.default_rng(0)
+    for model, space in SPACE.items():
+        best[model] = dict(START.get(lab.dataset.name, {}).get(model, {}))
+        if model == "MF-BPR":
+            best[model]["student_layers"] = 0
+        if model == "PromptMM":
+            like = vars(Config(**best["LightGCN"]))
+            best[model] |= {"batch_student": like["batch"], **best["Teacher"], **{
+                name: like[name] for name in ("lr_student", "student_layers")}}
+        seen, highest = [], -1.0
+        while len(seen) < tries:
+            drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
+                     if rng.random() < 1 / 3}
+            chosen = best[model] | (drawn if seen else {})
+            config = Config(**chosen | ({"epochs": 2, "eval_every": 1} if lab.quick else {}))
+            if config in seen:
+                continue
+            seen.append(config)
+            learn_all(lab, f"tune {len(seen)} of {tries} {drawn},", [(model, config)])
+            recall = float(judge(lab, model, config, "val")["recall@20"].mean())
+            rows.append({"model": model, "validation": recall, "settings": chosen})
+            if recall > highest:
+                highest, best[model] = recall, chosen
+    for row in rows:
+        row["shown"] = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
+    text = markdown(rows, {"model": "model", "validation": "validation Recall@20",
+                           "shown": "settings", "chosen": ""})
+    return Output(f"Search on {lab.dataset.name}, validation split, seed 0", rows, text,
+                  "random search; the test split is not read; settings not named are the defaults",
+                  extra={"best": best, "tried": tries})
