@@ -309,7 +309,8 @@ def figure3(lab: Lab) -> Output:
     text = markdown(rows, {"panel": "", "mixing": "neighbours of another modality"})
     note = (f"{len(chosen)} random items; mixing: share of the 10 nearest neighbours, in the "
             f"{full.dim} dimensions and not in the plot, that belong to another modality, over "
-            "what chance gives (1: the modalities are one cloud; 0: apart)")
+            "what chance gives (1: one cloud; 0: apart). x is whitened to a common width by PCA, "
+            "each modality by a basis of its own, so there it is that of unrelated clouds (P10)")
     return Output(f"Figure 3. t-SNE of the modalities on {lab.dataset.name}", rows, text, note,
                   partial(plot_tsne, panels))
 

@@ -45,6 +45,20 @@ def prompt_moved(before: dict, after: dict) -> bool:
     return not torch.equal(before["prompt.weight"], after["prompt.weight"])
 
 
+def test_the_student_may_take_other_batches(run, monkeypatch):
+    """batch_student: of the distilled student and of the one alone; the teacher keeps its own."""
+    sizes = {"teacher_terms": [], "student_terms": []}
+    for name, found in sizes.items():
+        def watched(*arguments, true=getattr(promptmm, name), found=found):
+            found.append(len(arguments[-1]))
+            return true(*arguments)
+
+        monkeypatch.setattr(promptmm, name, watched)
+    pipeline(another(run, "other", batch_student=50))
+    assert max(sizes["teacher_terms"]) == 128
+    assert max(sizes["student_terms"]) == 50
+
+
 @pytest.mark.parametrize("tune", [True, False])
 def test_stage_2_freezes_the_teacher_and_its_dropout(tune, run, monkeypatch):
     """θ_T bit for bit; θ_P moves if and only if it is tuned; eval mode at every step."""
