@@ -282,8 +282,9 @@ def cost(args: argparse.Namespace, device: str) -> dict:
     terms, learner, width = objective(args.model, model, dataset, config, device)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
     sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
+    batch = config.batch if args.model == "teacher" else config.batch_student or config.batch
     row["epoch"] = median(lambda: _epoch(learner, optimiser, sampler.epoch(generator, width - 1),
-                                         config.batch, terms), device, 3)
+                                         batch, terms), device, 3)
     return row | {"peak_train": peak(device)}
 
 

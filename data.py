@@ -544,8 +544,7 @@ def main(argv: list[str] | None = None) -> int:
     """`describe` and `convert`; returns the exit status, 2 for what cannot be used."""
     parser = Parser(prog="data.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("describe", help="print the statistics of a dataset folder")
-    command.add_argument("folder")
+    commands.add_parser("describe", help="print a dataset's statistics").add_argument("folder")
     command = commands.add_parser("convert", help="write the native layout")
     command.add_argument("paths", nargs="+", metavar="[SRC] OUT")
     command.add_argument("--interactions", type=Path, help="CSV of users and items, any ids")

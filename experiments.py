@@ -241,7 +241,8 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
     optimiser = torch.optim.AdamW(student.parameters(), lr=config.lr_student / 10, weight_decay=0.0)
 
     def terms(users, lists):
-        return bpr_terms(student, scores(*student(), users, lists), users, lists, config.l2)
+        logits = scores(*student(), users, lists)
+        return bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
 
     best, stale, spent = -1.0, 0, 0.0
     for _ in range(config.epochs):
@@ -258,7 +259,8 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
         edges = users.cpu().numpy().copy(), lists[:, 0].cpu().numpy().copy()
         fresh = np.asarray(new[edges]).ravel() > 0
         fresh = torch.from_numpy(fresh).to(lab.device)
-        _epoch(student, optimiser, (users[fresh], lists[fresh]), config.batch, terms)
+        _epoch(student, optimiser, (users[fresh], lists[fresh]),
+               config.batch_student or config.batch, terms)
         spent += time.perf_counter() - began
     student.load_state_dict(kept)
     return spent

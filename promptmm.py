@@ -88,6 +88,7 @@ class Config:
     lr_student: float = setting(5e-3, "AdamW's step of the student (ours; paper: 2.5e-4 to 8.5e-4)")
     lr_prompt: float = setting(1e-4, "AdamW's step of the prompt in both stages (ours)")
     l2: float = setting(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, errata P8)")
+    l2_student: float = setting(0.0, "the student's; 0: as l2 (ours)")
     weight_decay: float = setting(0.0, "AdamW's decay (ours: one regulariser, not two)")
     batch: int = setting(2048, "training edges in a step (ours; released code: 512-1024)", low=1)
     batch_student: int = setting(0, "the student's; 0: as batch (ours)")
@@ -331,7 +332,7 @@ def student_terms(student: Student, config: Config, encoded: Encoded | None, use
     """
     student_user, student_item = student()
     logits = scores(student_user, student_item, users, lists)
-    terms = bpr_terms(student, logits, users, lists, config.l2)
+    terms = bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
     if encoded is None:
         return terms
     tau, anchor = config.temperature, config.weight_anchor * encoded.teacher_item.requires_grad

@@ -30,7 +30,7 @@ SHARED = {"dim", "l2", "weight_decay", "batch", "epochs", "eval_every", "patienc
 TAUGHT = {"lambda_pair", "lambda_list", "lambda_embed", "alpha", "beta", "temperature", "gamma",
           "negatives", "tune_prompt", "weight_anchor", "warm_start"}
 ALONE = SHARED | {"dim_student", "student_layers", "lr_student"}
-OTHER = {"batch_student", "alone", "mask"}  # the first is looked at where the batch is
+OTHER = {"batch_student", "l2_student", "alone", "mask"}  # the first two: see Lab.folder
 TEACHER = {one.name for one in fields(Config)} - TAUGHT - (ALONE - SHARED) - OTHER
 STAGE = {"MF-BPR": "alone", "LightGCN": "alone", "Teacher": "teacher", "PromptMM": "student"}
 MATTERS = {"alone": ALONE, "teacher": TEACHER, "student": ALONE | TEACHER | TAUGHT}
@@ -62,10 +62,9 @@ class Lab:
         """Where a trained model lies: named by the settings that matter for it, no others."""
         stage = STAGE[model]
         matter = {name: getattr(config, name) for name in MATTERS[stage]}
-        if config.batch_student and stage == "alone":
-            matter["batch"] = config.batch_student
-        if config.batch_student and stage == "student":
-            matter["batch_student"] = config.batch_student
+        for name in ("batch", "l2") if stage != "teacher" else ():  # the student may have its own
+            if own := getattr(config, f"{name}_student"):
+                matter[name if stage == "alone" else f"{name}_student"] = own
         return self.cache / f"{stage}-{digest(matter)}"
 
 

@@ -22,7 +22,8 @@ SPACE = {
         "tokens": ("mean", "concat")},
     "PromptMM": {
         "lr_student": (2e-3, 5e-3, 1e-2, 2e-2), "batch_student": GRID["batch"],
-        "student_layers": (1, 2, 3, 4), "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
+        "l2_student": GRID["l2"], "student_layers": (1, 2, 3, 4),
+        "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
         "lambda_list": (0.01, 0.03, 0.1, 0.3), "lambda_embed": (0.03, 0.1, 0.3, 1.0),
         "beta": (1.0, 8.0), "temperature": (1.0, 2.0), "gamma": (1.0, 2.0, 3.0),
         "negatives": (5, 10, 50), "tune_prompt": (True, False)},
@@ -49,8 +50,9 @@ def tune(lab: Lab, tries: int) -> Output:
             best[model]["student_layers"] = 0
         if model == "PromptMM":
             like = vars(Config(**best["LightGCN"]))
-            best[model] |= {"batch_student": like["batch"], **best["Teacher"], **{
-                name: like[name] for name in ("lr_student", "student_layers")}}
+            best[model] |= best["Teacher"] | {
+                "batch_student": like["batch"], "l2_student": like["l2"],
+                "lr_student": like["lr_student"], "student_layers": like["student_layers"]}
         seen, highest = [], -1.0
         while len(seen) < tries:
             drawn = {name: values[rng.integers(len(values))] for name, values in space.items()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +46,28 @@ def prompt_moved(before: dict, after: dict) -> bool:
     return not torch.equal(before["prompt.weight"], after["prompt.weight"])
 
 
+def test_the_student_may_take_its_own_l2(run):
+    """l2_student: weighs the student's penalty; the teacher's stays."""
+    own, plain = (another(run, name, l2_student=weight, l2=1e-3)
+                  for name, weight in (("own", 1e-2), ("plain", 0.0)))
+    for one in (own, plain):
+        pipeline(one)
+    first = {one.folder.name: {row["stage"]: float(row["l2"]) for row in log(one)[::-1]}
+             for one in (own, plain)}
+    assert first["own"]["teacher"] == first["plain"]["teacher"]
+    assert first["own"]["student"] > 5 * first["plain"]["student"]
+    assert first["own"]["alone"] > 5 * first["plain"]["alone"]
+
+
 def test_the_student_may_take_other_batches(run, monkeypatch):
     """batch_student: of the distilled student and of the one alone; the teacher keeps its own."""
     sizes = {"teacher_terms": [], "student_terms": []}
     for name, found in sizes.items():
-        def watched(*arguments, true=getattr(promptmm, name), found=found):
+        def watched(true, found, *arguments):
             found.append(len(arguments[-1]))
             return true(*arguments)
 
-        monkeypatch.setattr(promptmm, name, watched)
+        monkeypatch.setattr(promptmm, name, partial(watched, getattr(promptmm, name), found))
     pipeline(another(run, "other", batch_student=50))
     assert max(sizes["teacher_terms"]) == 128
     assert max(sizes["student_terms"]) == 50
