@@ -492,8 +492,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.part == "readme":
             write(ROOT / "README.md", readme())
             return 0
-        need(args.seeds >= 0 and 0 < args.tries <= 24,
-             f"expected --seeds 0 or more and --tries 1 to 24, found {args.seeds}, {args.tries}")
+        need(args.seeds >= 0 and 1 < args.tries <= 24,
+             f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}")
         dataset = data.load(args.data) if args.data else data.synthetic()
         out = args.out or ROOT / ("runs/quick" if args.quick else "results")
         lab = Lab(dataset, args.data, data.pick_device(args.device), args.seeds, args.quick, out)
@@ -502,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.force and args.part == "all":
             shutil.rmtree(lab.cache, ignore_errors=True)
         if args.part == "tune":
-            perform(lab, tune, args.force, tries=2 if args.quick else args.tries)
+            perform(lab, tune, args.force, tries=4 if args.quick else args.tries)
         for part in (REAL if args.data else (*EMBEDDED, *paper.PARTS.values())):
             if args.part in ("all", part.__name__):
                 perform(lab, part, args.force)

@@ -30,31 +30,32 @@ SPACE = {
 }
 PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
 START = {  # the first try, beside the defaults; what the space lacks stays as it is here
-    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5, "lr_teacher": 0.02,
-                                       "lr_student": 0.02}),
+    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5}) | {
+        "LightGCN": {"dim": 32, "patience": 5, "lr_student": 0.02}},
     "citeulike": dict.fromkeys(SPACE, PACE) | {
         "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}},
-    "tiktok": {"Teacher": {"batch": 4096, "fusion": 0.1}}}
+    "tiktok": {"Teacher": {"fusion": 0.1}}}
 
 
 def tune(lab: Lab, tries: int) -> Output:
-    """Random local search on validation with one seed, as many tries for one model as for another.
+    """Random local search on validation with one seed; every model gets the same number of tries.
 
-    A try redraws each setting of the best so far with probability 1/3. PromptMM's student is
-    searched under the best teacher found, and begins as the best LightGCN found.
+    PromptMM's are shared by its teacher and its student, half each. A try redraws each setting of
+    the best so far with probability 1/3. Teacher and student begin as the best LightGCN found; the
+    student is searched under the best teacher found.
     """
     rows, best, rng = [], {}, np.random.default_rng(0)
+    budget = {"MF-BPR": tries, "LightGCN": tries, "Teacher": tries // 2, "PromptMM": tries // 2}
     for model, space in SPACE.items():
-        best[model] = dict(START.get(lab.dataset.name, {}).get(model, {}))
-        if model == "MF-BPR":
-            best[model]["student_layers"] = 0
-        if model == "PromptMM":
-            like = vars(Config(**best["LightGCN"]))
-            best[model] |= best["Teacher"] | {
-                "batch_student": like["batch"], "l2_student": like["l2"],
-                "lr_student": like["lr_student"], "student_layers": like["student_layers"]}
+        like = vars(Config(**best.get("LightGCN", {})))
+        first = {"MF-BPR": {"student_layers": 0}, "LightGCN": {}, "Teacher": {
+            "batch": like["batch"], "l2": like["l2"], "lr_teacher": like["lr_student"],
+            "teacher_layers": like["student_layers"]}, "PromptMM": best.get("Teacher", {}) | {
+            "batch_student": like["batch"], "l2_student": like["l2"],
+            "lr_student": like["lr_student"], "student_layers": like["student_layers"]}}[model]
+        best[model] = first | START.get(lab.dataset.name, {}).get(model, {})
         seen, highest = [], -1.0
-        while len(seen) < tries:
+        while len(seen) < budget[model]:
             drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
                      if rng.random() < 1 / 3}
             chosen = best[model] | (drawn if seen else {})
@@ -62,7 +63,7 @@ def tune(lab: Lab, tries: int) -> Output:
             if config in seen:
                 continue
             seen.append(config)
-            learn_all(lab, f"tune {len(seen)} of {tries} {drawn},", [(model, config)])
+            learn_all(lab, f"tune {len(seen)} of {budget[model]} {drawn},", [(model, config)])
             recall = float(judge(lab, model, config, "val")["recall@20"].mean())
             rows.append({"model": model, "validation": recall, "settings": chosen})
             if recall > highest:
