@@ -93,7 +93,6 @@ def variants(full: Config, lab: Lab) -> dict[str, tuple[str, Config]]:
         "w/o Prompt": change(lambda_prompt=0.0),
         "prompt frozen": change(tune_prompt=False),
         "prompt tuned": change(tune_prompt=True),
-        "prompt tuned, no anchor": change(tune_prompt=True, weight_anchor=0.0),
         "w/o PairKD": change(lambda_pair=0.0),
         "w/o ListKD": change(lambda_list=0.0),
         "w/o EmbKD": change(lambda_embed=0.0),
@@ -129,6 +128,7 @@ OPTIONS = {  # what the equations leave open, and this project's departures: one
     "β = 8": {"beta": 8.0}, "K - 1 = 50": {"negatives": 50}, "γ = 1": {"gamma": 1.0},
     "γ = 3": {"gamma": 3.0}, "student of 1 layer": {"student_layers": 1},
     "student of 3 layers": {"student_layers": 3}, "warm start (C24)": {"warm_start": True},
+    "prompt tuned, no anchor (P11)": {"tune_prompt": True, "weight_anchor": 0.0},
 }
 
 

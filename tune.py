@@ -29,12 +29,13 @@ SPACE = {
         "negatives": (5, 10, 50), "tune_prompt": (True, False)},
 }
 PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
-START = {  # the first try, beside the defaults; what the space lacks stays as it is here
+START = {  # of each first try, what earlier single runs had shown; the space's own rest is random
     "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5}) | {
         "LightGCN": {"dim": 32, "patience": 5, "lr_student": 0.02}},
     "citeulike": dict.fromkeys(SPACE, PACE) | {
-        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01}},
-    "tiktok": {"Teacher": {"fusion": 0.1}}}
+        "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01},
+        "PromptMM": PACE | {"tune_prompt": False}},
+    "tiktok": {"Teacher": {"fusion": 0.1}, "PromptMM": {"tune_prompt": False}}}
 
 
 def tune(lab: Lab, tries: int) -> Output:
