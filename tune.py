@@ -29,9 +29,11 @@ SPACE = {
         "negatives": (5, 10, 50), "tune_prompt": (True, False)},
 }
 PACE = {"eval_every": 4, "patience": 10}  # as long a wait, half the evaluations
+SMALL = {"dim": 32, "patience": 10}
 START = {  # of each first try, what earlier single runs had shown; the space's own rest is random
-    "synthetic": dict.fromkeys(SPACE, {"dim": 32, "patience": 5}) | {
-        "LightGCN": {"dim": 32, "patience": 5, "lr_student": 0.02}},
+    "synthetic": dict.fromkeys(SPACE, SMALL) | {
+        "Teacher": SMALL | {"lr_teacher": 0.02, "batch": 2048},
+        "PromptMM": SMALL | {"lr_student": 0.02, "batch_student": 2048}},
     "citeulike": dict.fromkeys(SPACE, PACE) | {
         "Teacher": PACE | {"batch": 8192, "lr_teacher": 0.01},
         "PromptMM": PACE | {"tune_prompt": False}},

@@ -155,7 +155,9 @@ def test_every_preset_value_comes_from_a_search():
     assert names == set(PRESETS)
     for name, preset in PRESETS.items():
         search = json.loads((RESULTS / name / "tune.json").read_text())
-        assert Config(**preset) == Config(**search["best"]["PromptMM"])
+        best = Config(**search["best"]["PromptMM"])
+        own = {"batch_student": best.batch, "l2_student": best.l2}  # said twice, or once
+        assert dataclasses.replace(Config(**own | preset)) == best
         tries = [row["model"].replace("Teacher", "PromptMM") for row in search["rows"]]
         assert {tries.count(model) for model in set(tries)} == {search["tried"]}  # equal for all
         assert search["tried"] <= 24
