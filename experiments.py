@@ -280,6 +280,7 @@ def popularity(lab: Lab, seeds: int = 3) -> Output:
     rows = [{"model": "share of the test interactions"}] + [{"model": model} for model in models]
     for group, (low, high) in GROUPS.items():
         target = test.multiply((low <= seen) & (seen < high)).tocsr()
+        target.eliminate_zeros()
         rows[0][group] = f"{target.nnz / test.nnz:.1%}"
         for row, (model, config) in zip(rows[1:], models.items(), strict=True):
             runs = [evaluate(*embeddings(lab, model, one), target, train + lab.dataset.val)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import replaced
+from scipy import sparse
 
 import data
 import experiments
@@ -220,6 +221,21 @@ def test_each_part_runs_and_a_second_time_does_nothing(name, tiny, folder, tmp_p
     assert experiments.main(argv) == 0
     assert "finished before" in capsys.readouterr().out
     assert file.read_bytes() == first
+
+
+def test_recall_by_popularity_splits_the_recall(lab):
+    """With one test item a user, the groups' recalls, weighted by their shares, are the whole."""
+    test, rows = lab.dataset.test, np.arange(lab.dataset.test.shape[0])
+    single = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, test.argmax(1).A1)))
+    single.resize(test.shape)
+    lab = dataclasses.replace(lab, dataset=replaced(lab.dataset, test=single), quick=True, seeds=1)
+    share, popular, *_ = experiments.popularity(lab).rows
+    parts = {group: float(share[group].rstrip("%")) / 100 for group in experiments.GROUPS}
+    assert sum(parts.values()) == pytest.approx(1, abs=2e-3)
+    assert max(parts.values()) < 1
+    whole = judge(lab, "MostPop", Config())["recall@20"].mean()
+    split = sum(parts[group] * popular[group]["mean"] for group in parts)
+    assert split == pytest.approx(whole, abs=2e-3)
 
 
 def test_ablations_leave_out_what_they_say(lab, config):
