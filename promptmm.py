@@ -110,17 +110,9 @@ class Config:
         need(not self.warm_start or self.dim_student in (0, self.dim), "dim_student: expected d")
 
 
-# Found by `experiments.py tune` on validation; "synthetic" is what the embedded data get unasked.
-PRESETS = {
-    "synthetic": {"dim": 32, "patience": 10, "l2": 0.01, "l2_student": 0.003, "teacher_layers": 3,
-                  "student_layers": 3, "fusion": 0.5, "dropout": 0.5, "weight_modal": 0.01,
-                  "lr_student": 0.02, "beta": 8.0, "tune_prompt": False},
-    "tiktok": {"batch": 4096, "l2": 0.003, "teacher_layers": 4, "student_layers": 4, "fusion": 0.1,
-               "negatives": 5, "lambda_pair": 0.3, "lambda_list": 0.03, "lambda_embed": 0.03,
-               "tune_prompt": False},
-    "citeulike": {"batch": 8192, "batch_student": 2048, "lr_teacher": 0.01, "l2_student": 3e-4,
-                  "eval_every": 4, "patience": 10, "lambda_pair": 3.0, "lambda_embed": 0.3,
-                  "tune_prompt": False}}
+# By dataset, what `experiments.py tune` found on validation; the embedded data get theirs unasked.
+PRESETS = {file.parent.name: data.read_json(file, "best")["best"]["PromptMM"]
+           for file in sorted(Path(__file__).parent.glob("results/*/tune.json"))}
 ALONE = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # no teacher: LightGCN
 FILES = ("config.json", "log.csv", "teacher.pt", "prompt.pt", "student.npz", "metrics.json",
          "state.pt", "alone.pt", "student.pt")  # of a run folder; the last three while it runs

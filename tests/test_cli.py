@@ -39,7 +39,7 @@ def error_of(argv, capsys, status=2) -> str:
 
 
 def test_main_prints_the_ladder(here, capsys):
-    assert main([*SHORT, "--quick"]) == 0
+    assert main([*SHORT, "--quick", "--tune-prompt"]) == 0
     lines = capsys.readouterr().out.splitlines()
     metrics = json.loads((here / "runs/synthetic/metrics.json").read_text())
     for line, name in zip(lines[1:6], ("mostpop", "alone", "student", "teacher", "teacher_tuned"),

@@ -152,15 +152,15 @@ def found(name: str) -> list[Path]:
 
 
 def test_every_preset_value_comes_from_a_search():
-    names = {file.parent.name for file in found("tune")}
-    assert names == set(PRESETS)
+    """Equally many tries for every model, at most 24, and the best of them on validation."""
+    assert set(PRESETS) >= {"synthetic", "tiktok", "citeulike"}
     for name, preset in PRESETS.items():
         search = json.loads((RESULTS / name / "tune.json").read_text())
-        best = Config(**search["best"]["PromptMM"])
-        own = {"batch_student": best.batch, "l2_student": best.l2}  # said twice, or once
-        assert dataclasses.replace(Config(**own | preset)) == best
+        rows = [row for row in search["rows"] if row["model"] == "PromptMM"]
+        assert preset == max(rows, key=lambda row: row["validation"])["settings"]
+        Config(**preset)
         tries = [row["model"].replace("Teacher", "PromptMM") for row in search["rows"]]
-        assert {tries.count(model) for model in set(tries)} == {search["tried"]}  # equal for all
+        assert {tries.count(model) for model in set(tries)} == {search["tried"]}
         assert search["tried"] <= 24
 
 
