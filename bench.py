@@ -263,7 +263,7 @@ def cost(args: argparse.Namespace, device: str) -> dict:
     config = Config(**{**config, "tune_prompt": args.model.endswith("tuned")})
     began = time.perf_counter()
     if args.model == "teacher":
-        model = Teacher(data.load(args.data), config, device)
+        model = Teacher(data.load(args.data, check=False), config, device)
         weights = data.read_torch(args.run / "teacher.pt", device)
     else:
         model = Student(sparse.load_npz(Path(args.data) / "train.npz"), config, device)
@@ -273,6 +273,8 @@ def cost(args: argparse.Namespace, device: str) -> dict:
     model.load_state_dict(weights)
     with torch.no_grad():
         model.eval()()
+    if device != "cpu":
+        torch.cuda.synchronize()
     row = {"embed": time.perf_counter() - began, "peak_embed": peak(device)}
     buffers = getattr(model, "features", {}).values()
     row |= {"trainable": sum(p.numel() for p in model.parameters()),

@@ -37,6 +37,7 @@ from evaluate import evaluate, ladder
 from losses import scores
 from promptmm import Config, Student, _epoch, bpr_terms
 from runner import (
+    PAIRED,
     ROOT,
     STAGE,
     Lab,
@@ -52,6 +53,7 @@ from runner import (
     protocol,
     publish,
     ranking_table,
+    search,
     seeded,
     settings,
     spread,
@@ -74,15 +76,15 @@ def table4(lab: Lab, seeds: int = 5) -> Output:
     """Comparison under one protocol."""
     models = {model: (model, settings(lab, model)) for model in ("MostPop", *STAGE)}
     rows = compare(lab, "Table 4", models, seeds, "LightGCN")
-    tried = ROOT / "results" / lab.dataset.name / "tune.json"
     budget = "settings not tuned on these data"
-    if tried.exists():
-        budget = (f"settings: the best of {data.read_json(tried, 'tried')['tried']} configurations "
-                  "a model, searched on validation (tune.md)")
+    if found := search(lab):
+        budget = (f"settings: the best of {found['tried']} tries a model "
+                  "on validation (tune.md; PromptMM's are half its teacher's, half its student's, "
+                  "and begin as the best LightGCN)")
     return Output(f"Table 4. Comparison on {lab.dataset.name}, test split", rows,
                   ranking_table(rows, "LightGCN"),
-                  f"{protocol(models['PromptMM'][1], lab.count(seeds))}; {budget}; none of the "
-                  "paper's own figures are about these data, so none stand beside")
+                  f"{protocol(models['PromptMM'][1], lab.count(seeds))}; {PAIRED}; {budget}; none "
+                  "of the paper's own figures are about these data, so none stand beside")
 
 
 def variants(full: Config, lab: Lab) -> dict[str, tuple[str, Config]]:
@@ -108,7 +110,7 @@ def variants(full: Config, lab: Lab) -> dict[str, tuple[str, Config]]:
 
 
 def table5(lab: Lab, seeds: int = 3) -> Output:
-    """Ablations: each part taken out of the full model, nothing tuned again."""
+    """Ablations: each part taken out of the full model; but for one λ₃, nothing tuned again."""
     full = settings(lab)
     rows = compare(lab, "Table 5", variants(full, lab), seeds, "PromptMM")
     note = ("w/o Prompt: λ₁ = 0 in both stages; w/o disentangle: α = 1, β = 1 - b+ (Eq. 16), at "
@@ -116,18 +118,18 @@ def table5(lab: Lab, seeds: int = 3) -> Output:
             f"model's prompt is {'tuned' if full.tune_prompt else 'frozen'} in stage 2")
     return Output(f"Table 5. Ablation on {lab.dataset.name}, test split", rows,
                   ranking_table(rows, "PromptMM"),
-                  f"{protocol(full, lab.count(seeds))}; {note}")
+                  f"{protocol(full, lab.count(seeds))}; {PAIRED}; {note}")
 
 
 OPTIONS = {  # what the equations leave open, and this project's departures: one change each
     "PromptMM": {}, "tokens side by side (P10)": {"tokens": "concat"},
     "unit rows of p^m (C20)": {"prompt_rows": "unit"},
-    "EmbKD and ListKD on f^m": {"modal_target": "reduced"},
-    "on the mean of f^m and F^m": {"modal_target": "mean"},
-    "on F^m": {"modal_target": "propagated"}, "τ = 2": {"temperature": 2.0},
+    "F_i^m = f^m, teacher too": {"modal_target": "reduced"},
+    "F_i^m = (f^m + F^m) / 2": {"modal_target": "mean"}, "τ = 2": {"temperature": 2.0},
     "β = 8": {"beta": 8.0}, "K - 1 = 50": {"negatives": 50}, "γ = 1": {"gamma": 1.0},
     "γ = 3": {"gamma": 3.0}, "student of 1 layer": {"student_layers": 1},
     "student of 3 layers": {"student_layers": 3}, "warm start (C24)": {"warm_start": True},
+    "prompt tuned": {"tune_prompt": True},
     "prompt tuned, no anchor (P11)": {"tune_prompt": True, "weight_anchor": 0.0},
 }
 
@@ -139,7 +141,7 @@ def options(lab: Lab, seeds: int = 3) -> Output:
             if name == "PromptMM" or replace(full, **change) != full}
     rows = compare(lab, "options", rows, seeds, "PromptMM")
     return Output(f"Options on {lab.dataset.name}, one change each, test split", rows,
-                  ranking_table(rows, "PromptMM"), protocol(full, lab.count(seeds)))
+                  ranking_table(rows, "PromptMM"), f"{protocol(full, lab.count(seeds))}; {PAIRED}")
 
 
 def table6(lab: Lab) -> Output:
@@ -152,10 +154,9 @@ def table6(lab: Lab) -> Output:
     rows = []
     for model in bench.COSTS:
         run = lab.folder("Teacher" if model == "teacher" else "PromptMM", full)
-        command = [sys.executable, str(ROOT / "bench.py"), "--data", str(native), "--run", str(run),
+        command = [str(ROOT / "bench.py"), "--data", str(native), "--run", str(run),
                    "--model", model, "--device", str(lab.device)]
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append({"model": model, **json.loads(found)})
+        rows.append({"model": model, **json.loads(child(command))})
     for row in rows:
         for name, sizes in (("learnt", ["trainable"]), ("all", ["trainable", "buffers"])):
             share = sum(row[size] for size in sizes) / sum(rows[0][size] for size in sizes)
@@ -176,6 +177,13 @@ def table6(lab: Lab) -> Output:
     return Output(f"Table 6. Cost on {lab.dataset.name}", rows, text, note)
 
 
+def child(command: list[str]) -> str:
+    """What another Python process prints; if it fails, its last line as our error."""
+    found = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    need(not found.returncode, (found.stderr.strip().splitlines() or ["no message"])[-1])
+    return found.stdout
+
+
 def table7(lab: Lab, seeds: int = 3) -> Output:
     """Incremental: a fifth of the training interactions arrives later."""
     full, seeds = settings(lab), lab.count(seeds)
@@ -194,7 +202,8 @@ def table7(lab: Lab, seeds: int = 3) -> Output:
                            "times faster": "against retraining"})
     note = ("a random fifth of the training interactions is held back for each seed; fine-tuning: "
             "BPR on the new ones only, over the whole graph, at a tenth of the student's step, "
-            "until validation stops improving; time: training alone, validation not counted")
+            "selected on validation, patience 3; time: seconds of training up to the selected "
+            "epoch, those of the retrained models as logged when they were trained")
     return Output(f"Table 7. Adapting to new data on {lab.dataset.name}, test split", rows, text,
                   f"{note}; {protocol(full, seeds)}")
 
@@ -220,7 +229,8 @@ def increment(lab: Lab, config: Config) -> dict[str, dict[str, float]]:
     result["student fine-tuned"] = test_of(lab, student, spent)
     for name, model in (("LightGCN retrained", "LightGCN"), ("PromptMM retrained", "PromptMM")):
         stages = [model, "Teacher"] if model == "PromptMM" else [model]
-        seconds = sum(log_of(lab.folder(stage, config))["seconds"][-1] for stage in stages)
+        logs = [log_of(lab.folder(stage, config)) for stage in stages]
+        seconds = sum(log["seconds"][log["recall@20"].argmax()] for log in logs)
         values = judge(lab, model, config)
         result[name] = {metric: float(values[metric].mean()) for metric in ("recall@20", "ndcg@20")}
         result[name]["seconds"] = seconds
@@ -234,7 +244,7 @@ def test_of(lab: Lab, student: Student, seconds: float) -> dict[str, float]:
 
 
 def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config) -> float:
-    """Train a student on new interactions until validation stops improving; the seconds it took."""
+    """Train a student on new interactions, keep its best epoch; the seconds until that epoch."""
     torch.manual_seed(config.seed)
     sampler = Sampler(lab.dataset.train, lab.device)  # negatives: neither old nor new positives
     generator = torch.Generator(lab.device).manual_seed(config.seed)
@@ -250,7 +260,7 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
             recall = evaluate(*student(), lab.dataset.val, lab.dataset.train)["recall@20"]
         stale += 1
         if recall > best:
-            best, stale = recall, 0
+            best, stale, selected = recall, 0, spent
             kept = {name: weight.clone() for name, weight in student.state_dict().items()}
         if stale == 3:
             break
@@ -263,7 +273,7 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
                config.batch_student or config.batch, terms)
         spent += time.perf_counter() - began
     student.load_state_dict(kept)
-    return spent
+    return selected
 
 
 GROUPS = {"never": (0, 1), "1-3": (1, 4), "4-10": (4, 11), "11-50": (11, 51), "> 50": (51, 1e9)}
@@ -297,7 +307,11 @@ def popularity(lab: Lab, seeds: int = 3) -> Output:
 def figure3(lab: Lab) -> Output:
     """t-SNE of x^m and of f^m with and without prompt; and how far modalities mix, in a number."""
     full, panels = settings(lab), {}
-    chosen = np.random.default_rng(0).permutation(lab.dataset.train.shape[1])
+    n_items = lab.dataset.train.shape[1]
+    need(len(lab.dataset.features) > 1 and n_items > 10,
+         f"figure3: expected two modalities and more than 10 items, found {n_items} and "
+         f"{', '.join(lab.dataset.features)}")
+    chosen = np.random.default_rng(0).permutation(n_items)
     chosen = chosen[: 100 if lab.quick else 400]
     for name, config in (("f with prompt", full),
                          ("f w/o prompt", replace(full, lambda_prompt=0.0))):
@@ -443,11 +457,12 @@ def first_run(lab: Lab) -> Output:
     folder = lab.cache / "first_run"
     flags = ["--data", lab.source] if lab.source else []
     flags += ["--quick"] if lab.quick else []
-    subprocess.run([sys.executable, str(ROOT / "promptmm.py"), "--out", str(folder), "--force",
-                    *flags], check=True, capture_output=True)
+    child([str(ROOT / "promptmm.py"), "--out", str(folder), "--force", "--device", str(lab.device),
+           *flags])
     metrics = data.read_json(folder / "metrics.json", "test", "seconds")
     seconds = sum(metrics["seconds"].values())
-    text = (f"{seconds:.1f} s of training on {torch.get_num_threads()} CPU cores; it prints:\n\n"
+    text = (f"{seconds:.1f} s of training ({metrics['device']}, {torch.get_num_threads()} "
+            "threads); it prints:\n\n"
             f"{fence(ladder(metrics))}")
     return Output(f"The main job on {lab.dataset.name}", [metrics], text)
 
@@ -461,16 +476,19 @@ PARTS = {part.__name__: part for part in EMBEDDED} | paper.PARTS
 def perform(lab: Lab, part, force: bool, **more) -> None:
     """Run one part and publish it; a part that was finished here is left as it is."""
     name = part.__name__
-    chosen = [vars(settings(lab, model)) for model in STAGE]
-    stamp = lab.cache / f"{name}-{digest([chosen, lab.seeds, lab.quick, str(lab.out), more])}.done"
-    if stamp.exists() and not force:
-        print(f"{name}: finished before, {stamp.read_text()}; --force computes it again")
+    chosen = [] if name == "tune" else [vars(settings(lab, model)) for model in STAGE]
+    key = digest([chosen, lab.seeds, lab.quick, str(lab.out), more])
+    stamp = lab.cache / f"{name}-{key}.done"
+    if stamp.exists() and Path(stamp.read_text()).exists() and not force:
+        print(f"{name}: finished before, {stamp.read_text()}; --force publishes it again")
         return
     began = time.perf_counter()
     output = part(**more) if name in paper.PARTS else part(lab, **more)
-    seeds = lab.count((part.__defaults__ or [1])[0])
+    seeds = lab.count(part.__defaults__[0]) if part.__defaults__ else 1
+    flags = [f"--{key} {value}" for key, value in more.items()]
+    flags += [f"--seeds {lab.seeds}"] * bool(lab.seeds and part.__defaults__)
     folder = lab.out / ("paper" if name in paper.PARTS else lab.dataset.name)
-    where = publish(lab, folder, name, output, time.perf_counter() - began, seeds)
+    where = publish(lab, folder, name, output, time.perf_counter() - began, seeds, flags)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     write(stamp, str(where))
 
@@ -485,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="(default: results; with --quick: runs/quick)")
     parser.add_argument("--quick", action="store_true", help="two epochs a stage: a smoke test")
-    parser.add_argument("--force", action="store_true", help="compute everything again")
+    parser.add_argument("--force", action="store_true", help="publish again; all: train again too")
     try:
         if argv[:1] == ["bench"]:
             return bench.main(argv[1:])
@@ -501,17 +519,19 @@ def main(argv: list[str] | None = None) -> int:
         torch.use_deterministic_algorithms(lab.device.type == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
         if args.force and args.part == "all":
-            shutil.rmtree(lab.cache, ignore_errors=True)
+            for cache in lab.cache.parent.glob(f"{dataset.name}-*"):  # Table 7 has its own
+                shutil.rmtree(cache)
         if args.part == "tune":
             perform(lab, tune, args.force, tries=4 if args.quick else args.tries)
-        for part in (REAL if args.data else (*EMBEDDED, *paper.PARTS.values())):
-            if args.part in ("all", part.__name__):
-                perform(lab, part, args.force)
+            return 0
+        every = REAL if args.data else PARTS.values()
+        for part in every if args.part == "all" else [PARTS[args.part]]:
+            perform(lab, part, args.force)
     except (DataError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; the same command without --force goes on", file=sys.stderr)
         return 130
     return 0
 

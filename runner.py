@@ -23,7 +23,7 @@ import torch
 import data
 from data import Dataset, write
 from evaluate import evaluate, paired_test
-from promptmm import PRESETS, Config, Run, Teacher, train_student, train_teacher
+from promptmm import Config, Run, Teacher, train_student, train_teacher
 
 ROOT = Path(__file__).parent
 SHARED = {"dim", "l2", "weight_decay", "batch", "epochs", "eval_every", "patience", "seed"}
@@ -158,11 +158,16 @@ def seeded(lab: Lab, config: Config, seeds: int) -> list[Config]:
     return [replace(config, seed=seed) for seed in range(lab.count(seeds))]
 
 
+def search(lab: Lab) -> dict:
+    """What `tune` found on exactly these data, or nothing."""
+    file = ROOT / "results" / lab.dataset.name / "tune.json"
+    found = data.read_json(file, "best", "tried") if file.exists() else {}
+    return found if found.get("fingerprint") == data.fingerprint(lab.dataset) else {}
+
+
 def settings(lab: Lab, model: str = "PromptMM") -> Config:
-    """What the search chose for a model on these data; without a search the preset or defaults."""
-    chosen, file = PRESETS.get(lab.dataset.name, {}), ROOT / "results" / lab.dataset.name
-    if (file / "tune.json").exists():
-        chosen = data.read_json(file / "tune.json", "best")["best"].get(model, chosen)
+    """What the search chose for a model on these data; without a search the defaults."""
+    chosen = search(lab).get("best", {}).get(model, {})
     chosen = {"student_layers": 0, **chosen} if model == "MF-BPR" else chosen
     return Config(**chosen | ({"epochs": 2, "eval_every": 1} if lab.quick else {}))
 
@@ -188,7 +193,8 @@ def compare(lab: Lab, title: str, rows: dict[str, tuple[str, Config]], seeds: in
         table.append(row)
     for row in table:
         base = next(other for other in table if other["model"] == reference)
-        row["gain"] = {m: row[m]["mean"] / base[m]["mean"] - 1 for m in ("recall@20", "ndcg@20")}
+        row["gain"] = {m: row[m]["mean"] / base[m]["mean"] - 1 if base[m]["mean"] else np.nan
+                       for m in ("recall@20", "ndcg@20")}
     return table
 
 
@@ -225,8 +231,11 @@ def protocol(config: Config, seeds: int) -> str:
     return (f"selection by validation Recall@20 every {config.eval_every} epochs, patience "
             f"{config.patience} evaluations; test read once, at the selected epoch; all items "
             f"ranked except the user's training and validation items; seeds 0 to {seeds - 1}; "
-            "mean ± standard deviation over seeds; p: paired bootstrap over users of the values "
-            "averaged over seeds, 10,000 draws (so never below 0.0001)")
+            "mean ± standard deviation over seeds")
+
+
+PAIRED = ("p: paired bootstrap over users of the values averaged over seeds, 10,000 draws (so "
+          "never below 0.0001)")
 
 
 @dataclass
@@ -241,14 +250,14 @@ class Output:
     extra: dict = field(default_factory=dict)  # more for the JSON
 
 
-def publish(lab: Lab, folder: Path, name: str, output: Output, seconds: float,
-            seeds: int) -> Path:
+def publish(lab: Lab, folder: Path, name: str, output: Output, seconds: float, seeds: int,
+            flags: list[str]) -> Path:
     """<name>.md, .json, and .png where there is something to draw, with how they were made."""
     folder.mkdir(parents=True, exist_ok=True)
-    data_flag = f" --data {Path(lab.source).name}" if lab.source else ""
+    flags = [f"--data {Path(lab.source).name}"] * bool(lab.source) + flags
+    flags += ["--quick"] * lab.quick
     facts = {
-        "command": f"python experiments.py {name}{data_flag}"
-                   + (f" --seeds {lab.seeds}" if lab.seeds else "") + " --quick" * lab.quick,
+        "command": " ".join(["python experiments.py", name, *flags]),
         "seeds": seeds, "device": str(lab.device), "threads": torch.get_num_threads(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scipy": scipy.__version__},
@@ -260,7 +269,8 @@ def publish(lab: Lab, folder: Path, name: str, output: Output, seconds: float,
     write(folder / f"{name}.md",
           f"# {output.title}\n\n<!-- table -->\n{output.text}\n<!-- end -->\n{image}\n"
           f"{output.note}\n\n`{facts['command']}` · {seeds} seed{'s' * (seeds != 1)} · "
-          f"{facts['device']}, {facts['threads']} threads · {versions} · {seconds:.0f} s\n")
+          f"{facts['device']}, {facts['threads']} threads · {versions} · {seconds:.0f} s, models "
+          "trained before not counted\n")
     if output.plot:
         draw(output.plot, folder / f"{name}.png")
     print(f"{folder / name}.md\n{output.text}\n", flush=True)

@@ -7,6 +7,7 @@ results/<dataset>/tune.md lists every try; `runner.settings` reads the best from
 
 import numpy as np
 
+import data
 from promptmm import Config
 from runner import Lab, Output, judge, learn_all, markdown
 
@@ -44,11 +45,12 @@ def tune(lab: Lab, tries: int) -> Output:
     """Random local search on validation with one seed; every model gets the same number of tries.
 
     PromptMM's are shared by its teacher and its student, half each. A try redraws each setting of
-    the best so far with probability 1/3. Teacher and student begin as the best LightGCN found; the
-    student is searched under the best teacher found.
+    the best so far with probability 1/3. Teacher and student begin as the best LightGCN found, but
+    for what START says; the student is searched under the best teacher found.
     """
     rows, best, rng = [], {}, np.random.default_rng(0)
-    budget = {"MF-BPR": tries, "LightGCN": tries, "Teacher": tries // 2, "PromptMM": tries // 2}
+    budget = dict.fromkeys(SPACE, tries)
+    budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
     for model, space in SPACE.items():
         like = vars(Config(**best.get("LightGCN", {})))
         first = {"MF-BPR": {"student_layers": 0}, "LightGCN": {}, "Teacher": {
@@ -61,7 +63,8 @@ def tune(lab: Lab, tries: int) -> Output:
         while len(seen) < budget[model]:
             drawn = {name: values[rng.integers(len(values))] for name, values in space.items()
                      if rng.random() < 1 / 3}
-            chosen = best[model] | (drawn if seen else {})
+            drawn = drawn if seen else {}
+            chosen = best[model] | drawn
             config = Config(**chosen | ({"epochs": 2, "eval_every": 1} if lab.quick else {}))
             if config in seen:
                 continue
@@ -78,4 +81,5 @@ def tune(lab: Lab, tries: int) -> Output:
                            "shown": "settings", "chosen": ""})
     return Output(f"Search on {lab.dataset.name}, validation split, seed 0", rows, text,
                   "random search; the test split is not read; settings not named are the defaults",
-                  extra={"best": best, "tried": tries})
+                  extra={"best": best, "tried": tries,
+                         "fingerprint": data.fingerprint(lab.dataset)})

@@ -4,7 +4,6 @@ import builtins
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,14 +146,13 @@ def test_the_search_reads_no_test_split(lab, monkeypatch):
     assert best["MF-BPR"]["student_layers"] == 0
 
 
-def found(name: str) -> list[Path]:
-    return sorted(RESULTS.glob(f"*/{name}.json"))
+OURS = ("synthetic", "tiktok", "citeulike")
 
 
 def test_every_preset_value_comes_from_a_search():
     """Equally many tries for every model, at most 24, and the best of them on validation."""
-    assert set(PRESETS) >= {"synthetic", "tiktok", "citeulike"}
-    for name, preset in PRESETS.items():
+    for name in OURS:
+        preset = PRESETS[name]
         search = json.loads((RESULTS / name / "tune.json").read_text())
         rows = [row for row in search["rows"] if row["model"] == "PromptMM"]
         assert preset == max(rows, key=lambda row: row["validation"])["settings"]
@@ -164,16 +162,16 @@ def test_every_preset_value_comes_from_a_search():
         assert search["tried"] <= 24
 
 
-@pytest.mark.parametrize("file", found("table4"), ids=lambda file: file.parent.name)
-def test_the_comparisons_are_fair_ones(file):
-    table = json.loads(file.read_text())
+@pytest.mark.parametrize("name", OURS)
+def test_the_comparisons_are_fair_ones(name):
+    table = json.loads((RESULTS / name / "table4.json").read_text())
     assert [row["model"] for row in table["rows"]] == [
         "MostPop", "MF-BPR", "LightGCN", "Teacher", "PromptMM"]
     for row in table["rows"]:
         assert len(row["recall@20"]["runs"]) == table["seeds"] >= 5
         assert np.mean(row["ndcg@20"]["runs"]) == pytest.approx(row["ndcg@20"]["mean"])
         assert ("p" in row) == (row["model"] != "LightGCN")
-    full = Config(**PRESETS[file.parent.name])
+    full = Config(**PRESETS[name])
     assert min(full.lambda_prompt, full.lambda_pair, full.lambda_list, full.lambda_embed) > 0
     assert not full.warm_start
     assert set(table) >= {"command", "seeds", "device", "threads", "versions", "wall_seconds",
@@ -185,9 +183,9 @@ def test_outputs_appear_whole_and_say_how_they_were_made(lab, capsys, monkeypatc
     output = runner.Output("Title", rows, markdown(rows, {"model": "m", "value": "v"}), "a note",
                            lambda figure: figure.subplots().plot([1, 2]))
     folder = lab.out / "shop"
-    publish(lab, folder, "table9", output, 1.5, 2)
+    publish(lab, folder, "table9", output, 1.5, 2, ["--seeds 2"])
     text = (folder / "table9.md").read_text()
-    for part in ("# Title", "| a | 0.25 |", "a note", "experiments.py table9 --data shop",
+    for part in ("# Title", "| a | 0.25 |", "a note", "experiments.py table9 --data shop --seeds 2",
                  "2 seeds", "cpu", torch.__version__):
         assert part in text
     assert json.loads((folder / "table9.json").read_text())["rows"] == rows
@@ -199,7 +197,7 @@ def test_outputs_appear_whole_and_say_how_they_were_made(lab, capsys, monkeypatc
         return true_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    publish(lab, folder, "figure9", output, 1.5, 2)
+    publish(lab, folder, "figure9", output, 1.5, 2, [])
     assert not (folder / "figure9.png").exists()
     assert (folder / "figure9.md").exists()
     assert "skipped figure9.png" in capsys.readouterr().out
@@ -266,7 +264,7 @@ def test_fine_tuning_sees_only_new_interactions(lab, config, monkeypatch):
 
     monkeypatch.setattr(experiments, "_epoch", watched)
     student = promptmm.Student(train, config)
-    assert experiments.finetune(lab, student, new, config) > 0
+    experiments.finetune(lab, student, new, config)
     assert seen == set(zip(*(ids.tolist() for ids in new.nonzero()), strict=True))
 
 
@@ -348,7 +346,7 @@ PINNED = {
     "P1": [0.2689414, [0.0, -1.0849, -2.5276], 0.0],
     "P2": [2.5115, 1.9895, -2.5115, 2.5115],
     "P3": [0.0],
-    "P6": [0.4651, 0.4651, 0.2116, 0.67],
+    "P6": [0.4651, 0.4651, 0.2116],
     "C1": [0.0, 1.0, [0.3941, 0.6059, 0.5152]],
     "C6": [0.1461, 0.2641],
     "C7": [2.0, 4.0],
@@ -365,15 +363,17 @@ def test_the_errata_show_what_they_claim():
     (small, large), (_, _), cost = checks["P9"]().values()
     assert large > 50 * small  # a hundred times the items
     assert cost > 100
-    change, similarity = checks["P10"]().values()
-    assert change > 1 and similarity < 0.5
+    change, similarity, chance = checks["P10"]().values()
+    assert change > 1
+    assert abs(similarity - chance) < 0.05
     reach = {key.split()[1]: value for key, value in checks["P11"]().items()}
     assert reach["bpr"] == reach["l2"] == 0
     assert min(reach["pair_kd"], reach["list_kd"], reach["embed_kd"]) > 0
     lowered, match, ours = checks["C2"]().values()
     assert lowered == 1 and match > 0 and ours < 1e-8
-    logged, released, ours = checks["C3"]().values()
-    assert released == 0 and logged == pytest.approx(ours)
+    (logged, released), (term, objective) = checks["C3"]().values()
+    assert logged > 1 and released == 0
+    assert term > 0 and objective == pytest.approx(term, abs=1e-5)
     on_validation, on_test, excess = checks["C5"](seeds=1, epochs=12).values()
     assert on_test >= on_validation > 0
     assert excess == pytest.approx(on_test / on_validation - 1)
@@ -386,12 +386,13 @@ def test_the_outputs_of_the_errata_are_the_code_s():
     assert re.findall(r"- \*\*([PC]\d+)\*\*", text) == [row["id"] for row in stored]
 
 
-def test_settings_come_from_the_search_then_the_preset_then_the_defaults(lab, tmp_path):
+def test_settings_come_from_a_search_on_the_same_data_or_the_defaults(lab, tmp_path):
     assert settings(lab) == Config()
     assert settings(lab, "MF-BPR") == Config(student_layers=0)
-    named = dataclasses.replace(lab, dataset=replaced(lab.dataset, name="synthetic"))
-    assert settings(named) == Config(**PRESETS["synthetic"])
-    file = tmp_path / "results" / "synthetic" / "tune.json"
+    file = tmp_path / "results" / "shop" / "tune.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"best": {"LightGCN": {"l2": 0.5}}}))
-    assert settings(named, "LightGCN") == Config(l2=0.5)
+    found = {"best": {"LightGCN": {"l2": 0.5}}, "tried": 2, "fingerprint": "of other data"}
+    file.write_text(json.dumps(found))
+    assert settings(lab, "LightGCN") == Config()
+    file.write_text(json.dumps(found | {"fingerprint": data.fingerprint(lab.dataset)}))
+    assert settings(lab, "LightGCN") == Config(l2=0.5)
