@@ -8,7 +8,8 @@
 
 Every model is trained by the same functions as `promptmm.py` does it, once for each setting and
 seed: runs/experiments/ keeps what was trained, by configuration and data fingerprint, so that the
-tables share it and an interrupted command goes on where it stopped. `--force` begins anew.
+tables share it and an interrupted command goes on where it stopped. The cache does not know the
+code: after changing that, `all --force`.
 
 Read `Lab` and the runner first, then any table: each is one function. Nothing here is imported by
 the core. What depends on no data (Tables 8, 9, Figure 2, errata) is in paper.py.
