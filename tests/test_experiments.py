@@ -268,6 +268,19 @@ def test_fine_tuning_sees_only_new_interactions(lab, config, monkeypatch):
     assert seen == set(zip(*(ids.tolist() for ids in new.nonzero()), strict=True))
 
 
+def test_any_part_runs_on_any_data(folder, tmp_path, monkeypatch, capsys):
+    """Not only those that `all` picks there; and a child's complaint is our one line."""
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    flags = ["--data", str(folder), "--quick", "--out", str(tmp_path / "out")]
+    assert experiments.main(["options", *flags]) == 0
+    assert (tmp_path / "out" / "shop" / "options.md").exists()
+    (folder / "text_feat.npy").unlink()
+    assert experiments.main(["figure3", *flags]) == 2
+    assert "two modalities" in capsys.readouterr().err
+    with pytest.raises(data.DataError, match="expected a dataset folder"):
+        experiments.child([str(experiments.ROOT / "promptmm.py"), "--data", "nowhere"])
+
+
 @pytest.mark.parametrize(("argv", "expected"), [
     (["table4", "--seeds", "-1"], "--seeds 0 or more"), (["tune", "--tries", "25"], "2 to 24"),
     (["table44"], "invalid choice"), (["table4", "--data", "nowhere"], "nowhere"),
