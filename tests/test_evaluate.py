@@ -140,3 +140,14 @@ def test_recommend_hides_what_was_seen():
     user, item = np.array([1.0], "f4"), np.array([[5.0], [4.0], [4.0], [1.0]], "f4")
     assert recommend(user, item, np.array([0]), 2) == [(1, 4.0), (2, 4.0)]
     assert [i for i, _ in recommend(user, item, np.array([0, 2]), 9)] == [1, 3]
+
+
+def test_the_paired_test_is_two_sided():
+    """Better and worse by the same amount are equally significant."""
+    rng = np.random.default_rng(0)
+    a = rng.random(200)
+    b = a + rng.normal(0.05, 0.2, 200)
+    up, down = paired_test(b, a), paired_test(a, b)
+    assert up["difference"] == -down["difference"] > 0
+    assert up["p_bootstrap"] == pytest.approx(down["p_bootstrap"], abs=0.01)
+    assert up["p_bootstrap"] < 0.05
