@@ -1,7 +1,7 @@
 """All-ranking evaluation (Section 4.1.2): metrics, significance, recommendation lists.
 
-Every item is a candidate for every user except those in `exclude`; nothing is sampled. Equal scores
-rank the lower item index first, on every device.
+Every item is a candidate for every user except those in `exclude`; nothing is sampled.
+Equal scores rank the lower item index first, on every device.
 """
 
 import numpy as np
@@ -12,50 +12,38 @@ from torch import Tensor
 CHUNK_SCORES = 2**23  # scores held at once, 32 MiB: user-by-item arrays are never larger
 
 
-def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of each row, equal scores by lower index: values and indices [B, k].
+def evaluate(
+    user: Tensor,
+    item: Tensor,
+    target: sparse.csr_matrix,
+    exclude: sparse.csr_matrix,
+    ks: tuple[int, ...] = (20, 50),
+    per_user: bool = False,
+) -> dict:
+    """Rank all items for every user who has a target; average the metrics over them.
 
-    `torch.topk` is fast but leaves the order of equals open, both inside the list and at its edge.
-    Inside is a small sort; at the edge only the rows where an equal was left out are done again.
+    user [U, d], item [I, d] on any device; target, exclude [U, I] scipy CSR. For each K:
 
-    >>> top_items(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 3)[1].tolist()
-    [[1, 3, 0]]
-    """
-    values, index = scores.topk(k)
-    cut = ((scores >= values[:, -1:]).sum(-1) > k).nonzero().flatten()  # a tie across the edge
-    if len(cut):
-        exact = scores[cut].sort(dim=-1, descending=True, stable=True)
-        values[cut], index[cut] = exact.values[:, :k], exact.indices[:, :k]
-    index, order = index.sort(dim=-1)
-    values, by_score = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, index.gather(-1, by_score)
+    recall@K       hits / |T_u|
+    ndcg@K         Σ_hits 1/log2(rank+1) over that of the best list, min(K, |T_u|) hits
+    precision@K    hits / K
+    hit@K          1 if any target is in the list
+    ndcg_released@K    the released code's: its ideal is made from the hits retrieved in the
+                   longest list, not from the targets (errata C6)
 
-
-def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor, Tensor]:
-    """The stored cells of some rows of a CSR matrix: row within `users`, column."""
-    rows = matrix[users].tocoo()
-    return tuple(torch.from_numpy(ids).long().to(device) for ids in (rows.row, rows.col))
-
-
-def evaluate(user: Tensor, item: Tensor, target: sparse.csr_matrix, exclude: sparse.csr_matrix,
-             ks: tuple[int, ...] = (20, 50), per_user: bool = False) -> dict:
-    """Rank all items for every user who has a target, and average the metrics over those users.
-
-    user [U, d], item [I, d] on any device; target, exclude [U, I] scipy CSR. Returns, for each K:
-
-    recall@K      hits / |T_u|
-    ndcg@K        Σ_hits 1/log2(rank+1) over that of the best list possible, min(K, |T_u|) hits
-    precision@K   hits / K
-    hit@K         1 if any target is in the list
-    ndcg_released@K   the released code's NDCG: its ideal is made from the hits retrieved in the
-                  longest list, not from the targets (errata C6). To set beside the paper's figures.
-
-    With `per_user`, also "users" [n] and "per_user", the same names with arrays [n].
+    With `per_user`, also "users" [n] and "per_user", the same names with arrays [n]. Raises
+    ValueError for another shape or no target, FloatingPointError for NaN or infinity.
 
     >>> user, item = torch.tensor([[1.0]]), torch.tensor([[3.0], [2.0], [1.0]])
     >>> target, none = sparse.csr_matrix([[0, 1, 1]]), sparse.csr_matrix((1, 3))
-    >>> {name: round(value, 4) for name, value in evaluate(user, item, target, none, (2,)).items()}
-    {'recall@2': 0.5, 'ndcg@2': 0.3869, 'precision@2': 0.5, 'hit@2': 1.0, 'ndcg_released@2': 0.6309}
+    >>> found = evaluate(user, item, target, none, ks=(2,))
+    >>> for name, value in found.items():
+    ...     print(name, round(value, 4))
+    recall@2 0.5
+    ndcg@2 0.3869
+    precision@2 0.5
+    hit@2 1.0
+    ndcg_released@2 0.6309
     """
     shape = (len(user), len(item))
     for name, matrix in (("target", target), ("exclude", exclude)):
@@ -63,93 +51,167 @@ def evaluate(user: Tensor, item: Tensor, target: sparse.csr_matrix, exclude: spa
             raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
     if not (user.isfinite().all() and item.isfinite().all()):
         raise FloatingPointError("the embeddings became NaN or infinite")
-    users = np.flatnonzero(np.diff(target.indptr))
+    users = np.flatnonzero(np.diff(target.indptr))  # [n]
     if not len(users):
         raise ValueError("target: expected at least one interaction, found none")
     longest = min(max(ks), len(item))
     chunk = max(1, CHUNK_SCORES // len(item))
-    hits = [_hits(user, item, target, exclude, users[i : i + chunk], longest)
-            for i in range(0, len(users), chunk)]
-    values = metrics(torch.cat(hits).cpu().numpy(), np.diff(target.indptr)[users], ks)
+    hits = [
+        _hits(user, item, target, exclude, users[start : start + chunk], longest)
+        for start in range(0, len(users), chunk)
+    ]
+    targets = np.diff(target.indptr)[users]  # |T_u| [n]
+    values = metrics(torch.cat(hits).cpu().numpy(), targets, ks)
     means = {name: float(value.mean()) for name, value in values.items()}
     return {**means, "users": users, "per_user": values} if per_user else means
 
 
-def _hits(user, item, target, exclude, users, longest) -> Tensor:
+def _hits(user, item, target, exclude, users: np.ndarray, longest: int) -> Tensor:
     """Which ranks of these users' lists hold a target: bool [n, longest]."""
     scores = user[torch.from_numpy(users).to(user.device)] @ item.T  # [n, I]
     scores[_cells(exclude, users, user.device)] = -torch.inf
-    relevant = torch.zeros_like(scores, dtype=torch.bool)
+    relevant = torch.zeros_like(scores, dtype=torch.bool)  # [n, I]
     relevant[_cells(target, users, user.device)] = True
     values, index = top_items(scores, longest)
-    return relevant.gather(-1, index) & (values > -torch.inf)  # an excluded item is no candidate
+    return relevant.gather(-1, index) & (values > -torch.inf)  # excluded: no candidate
 
 
-def metrics(hits: np.ndarray, targets: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Metrics per user from bool hits by rank [n, longest] and target counts [n]."""
+def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor, ...]:
+    """The stored cells of some rows of a CSR matrix: row within `users`, column."""
+    rows = matrix[users].tocoo()
+    return tuple(torch.from_numpy(ids).long().to(device) for ids in (rows.row, rows.col))
+
+
+def metrics(
+    hits: np.ndarray, targets: np.ndarray, ks: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Metrics per user [n] from bool hits by rank [n, longest] and target counts [n]."""
     longest = hits.shape[1]
-    discount = 1 / np.log2(np.arange(2, longest + 2))
-    ideal = np.concatenate([[0.0], discount.cumsum()])  # ideal[h]: the gain of h hits on top
-    found, gain = hits.cumsum(1), (hits * discount).cumsum(1)
+    discount = 1 / np.log2(np.arange(2, longest + 2))  # [longest]
+    ideal = np.concatenate(
+        [[0.0], discount.cumsum()]
+    )  # ideal[h]: the gain of h hits on top
+    found = hits.cumsum(1)  # [n, longest]
+    gain = (hits * discount).cumsum(1)  # [n, longest]
     values = {}
     for k in ks:
         last = min(k, longest) - 1
+        possible = ideal[np.minimum(targets, last + 1)]  # [n]
+        retrieved = ideal[np.minimum(found[:, -1], last + 1)]  # [n]
         values[f"recall@{k}"] = found[:, last] / targets
-        values[f"ndcg@{k}"] = gain[:, last] / ideal[np.minimum(targets, last + 1)]
+        values[f"ndcg@{k}"] = gain[:, last] / possible
         values[f"precision@{k}"] = found[:, last] / k
         values[f"hit@{k}"] = (found[:, last] > 0).astype(float)
-        retrieved = ideal[np.minimum(found[:, -1], last + 1)]
         values[f"ndcg_released@{k}"] = gain[:, last] / np.where(retrieved > 0, retrieved, 1)
     return values
 
 
-def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Is `a` better than `b` for the same users? Values [users], or [seeds, users], averaged first.
+# ------------------------------------------------------------ lists
 
-    Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and two-sided
-    p-values: `p_bootstrap` (users resampled in pairs; never below 1/draws) and `p_wilcoxon`.
 
-    >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
-    >>> result = paired_test(a, b)
-    >>> result["difference"], result["low"] > 0.2, result["p_bootstrap"] < 0.01
-    (0.25, True, True)
+def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row, equal scores by lower index: values, indices [B, k].
+
+    `torch.topk` is fast but leaves the order of equals open, both inside the list and at
+    its edge. Inside is a small sort; at the edge only the rows where an equal was left out
+    are done again.
+
+    >>> top_items(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 3)[1].tolist()
+    [[1, 3, 0]]
     """
-    a, b = np.atleast_2d(a).mean(0), np.atleast_2d(b).mean(0)
-    if a.shape != b.shape:
-        raise ValueError(f"paired_test: expected the same users, found {a.size} and {b.size}")
-    difference, rng = a - b, np.random.default_rng(seed)
-    # Users with the same difference are interchangeable: draw how often each gap comes up.
-    gap, count = np.unique(difference, return_counts=True)
-    means = np.array([rng.multinomial(a.size, count / a.size) @ gap for _ in range(draws)]) / a.size
-    low, high = np.quantile(means, [0.025, 0.975])
-    one_sided = min((means <= 0).mean(), (means >= 0).mean())
-    wilcoxon = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high),
-            "p_bootstrap": float(np.clip(2 * one_sided, 1 / draws, 1)),
-            "p_wilcoxon": float(wilcoxon)}
+    values, index = scores.topk(k)  # [B, k]
+    as_good = (scores >= values[:, -1:]).sum(-1)  # [B]
+    cut = (as_good > k).nonzero().flatten()  # rows with a tie across the edge
+    if len(cut):
+        exact = scores[cut].sort(dim=-1, descending=True, stable=True)
+        values[cut] = exact.values[:, :k]
+        index[cut] = exact.indices[:, :k]
+    index, order = index.sort(dim=-1)
+    values, by_score = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, index.gather(-1, by_score)
 
 
-def recommend(user: np.ndarray, item: np.ndarray, seen: np.ndarray,
-              k: int) -> list[tuple[int, float]]:
-    """One user's list: embeddings [d], [I, d], item indices to hide -> up to k (item, score)."""
-    scores = torch.from_numpy(item @ user)[None]
+def recommend(
+    user: np.ndarray, item: np.ndarray, seen: np.ndarray, k: int
+) -> list[tuple[int, float]]:
+    """One user's list: embeddings [d], [I, d], items to hide -> up to k (item, score)."""
+    scores = torch.from_numpy(item @ user)[None]  # [1, I]
     scores[0, torch.from_numpy(seen).long()] = -torch.inf
     values, index = top_items(scores, min(k, len(item)))
     pairs = zip(index[0].tolist(), values[0].tolist(), strict=True)
     return [(i, score) for i, score in pairs if score > -np.inf]
 
 
-def ladder(metrics: dict) -> str:
-    """The table of a run: what each step of the ladder costs, and reaches on the test split.
+# ------------------------------------------------------------ significance
 
-    metrics: the content of metrics.json.
+
+def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
+    """Is `a` better than `b`? Values [users], or [seeds, users], averaged over seeds.
+
+    Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and
+    two-sided p-values: `p_bootstrap` (users resampled in pairs; never below 1/draws) and
+    `p_wilcoxon`. Users are drawn, seeds are not: the p-value holds for the seeds at hand.
+    Raises ValueError for another number of users.
+
+    >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
+    >>> result = paired_test(a, b)
+    >>> result["difference"], result["low"] > 0.2, result["p_bootstrap"] < 0.01
+    (0.25, True, True)
     """
-    steps = (("mostpop", "MostPop", ""), ("alone", "student alone", "student"),
-             ("student", "student", "student"), ("teacher", "teacher", "teacher"),
-             ("teacher_tuned", "teacher, prompt tuned", "teacher"))
-    lines = [f"{'test split':24}{'Recall@20':>10}{'NDCG@20':>10}{'trainable':>12}{'features':>12}"]
-    for key, name, model in steps:
-        if figures := metrics["test"].get(key):
-            size = "".join(f"{n:12,}" for n in metrics["parameters"].get(model, {}).values())
-            lines += [f"{name:24}{figures['recall@20']:10.4f}{figures['ndcg@20']:10.4f}{size}"]
+    a = np.atleast_2d(a).mean(0)  # [users]
+    b = np.atleast_2d(b).mean(0)  # [users]
+    if a.shape != b.shape:
+        raise ValueError(
+            f"paired_test: expected the same users, found {a.size} and {b.size}"
+        )
+    difference = a - b
+    rng = np.random.default_rng(seed)
+    # Users with the same difference are interchangeable: draw how often each gap comes up.
+    gap, count = np.unique(difference, return_counts=True)
+    share = count / a.size
+    drawn = [rng.multinomial(a.size, share) @ gap for _ in range(draws)]
+    means = np.array(drawn) / a.size  # [draws]
+    low, high = np.quantile(means, [0.025, 0.975])
+    one_sided = min((means <= 0).mean(), (means >= 0).mean())
+    p_bootstrap = np.clip(2 * one_sided, 1 / draws, 1)
+    wilcoxon = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
+    return {
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p_bootstrap": float(p_bootstrap),
+        "p_wilcoxon": float(wilcoxon),
+    }
+
+
+# ------------------------------------------------------------ the table of a run
+
+LADDER = {  # metrics.json's keys, in the order and by the names that every table uses
+    "mostpop": "MostPop",
+    "alone": "LightGCN",
+    "teacher": "Teacher",
+    "teacher_tuned": "Teacher, prompt tuned",
+    "student": "PromptMM",
+}
+
+
+def ladder(metrics: dict) -> str:
+    """The table of a run: what each step of the ladder reaches on test, and what it costs.
+
+    metrics: the content of metrics.json. A student without a teacher is LightGCN.
+    """
+    test, sizes = metrics["test"], metrics["parameters"]
+    names = LADDER if "teacher" in test else LADDER | {"student": "LightGCN"}
+    head = (
+        f"{'test split':24}{'Recall@20':>10}{'NDCG@20':>10}{'learnt':>12}{'features':>12}"
+    )
+    lines = [head]
+    for key, name in names.items():
+        if key not in test:
+            continue
+        kind = "teacher" if key.startswith("teacher") else "student"
+        size = {} if key == "mostpop" else sizes[kind]
+        recall, ndcg = test[key]["recall@20"], test[key]["ndcg@20"]
+        numbers = "".join(f"{number:12,}" for number in size.values())
+        lines.append(f"{name:24}{recall:10.4f}{ndcg:10.4f}{numbers}")
     return "\n".join(lines)

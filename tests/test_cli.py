@@ -31,7 +31,9 @@ def error_of(argv, capsys, status=2) -> str:
     capsys.readouterr()
     assert main(argv) == status
     out, err = capsys.readouterr()
-    errors = [line for line in err.splitlines() if line.startswith(("error: ", "interrupted"))]
+    errors = [
+        line for line in err.splitlines() if line.startswith(("error: ", "interrupted"))
+    ]
     assert len(errors) == 1
     assert out == ""
     assert "Traceback" not in err
@@ -42,13 +44,24 @@ def test_main_prints_the_ladder(here, capsys):
     assert main([*SHORT, "--quick", "--tune-prompt"]) == 0
     lines = capsys.readouterr().out.splitlines()
     metrics = json.loads((here / "runs/synthetic/metrics.json").read_text())
-    for line, name in zip(lines[1:6], ("mostpop", "alone", "student", "teacher", "teacher_tuned"),
-                          strict=True):
+    names = {
+        "mostpop": "MostPop",
+        "alone": "LightGCN",
+        "teacher": "Teacher",
+        "teacher_tuned": "Teacher, prompt tuned",
+        "student": "PromptMM",
+    }
+    for line, (name, shown) in zip(lines[1:6], names.items(), strict=True):
+        assert line.startswith(f"{shown}  ")
         assert f"{metrics['test'][name]['recall@20']:.4f}" in line
         assert f"{metrics['test'][name]['ndcg@20']:.4f}" in line
     assert "no candidates: train + val" in lines[6]
     config = json.loads((here / "runs/synthetic/config.json").read_text())
-    assert (config["epochs"], config["dim"], config["data"]) == (4, 8, None)  # flags beat --quick
+    assert (config["epochs"], config["dim"], config["data"]) == (
+        4,
+        8,
+        None,
+    )  # flags beat --quick
     assert main(["--quick", "--dim", "4", "--student-only", "--out", "quick"]) == 0
     assert json.loads((here / "quick/config.json").read_text())["epochs"] == 2
 
@@ -61,11 +74,38 @@ def test_progress_says_what_is_left(here, capsys):
 
 
 def test_presets_flags_and_modes_stack(here):
-    assert main(["--preset", "tiktok", "--quick", "--epochs", "3", "--dim", "4", "--out", "run",
-                 "--beta", "identity", "--no-tune-prompt"]) == 0
+    assert (
+        main(
+            [
+                "--preset",
+                "tiktok",
+                "--quick",
+                "--epochs",
+                "3",
+                "--dim",
+                "4",
+                "--out",
+                "run",
+                "--beta",
+                "identity",
+                "--no-tune-prompt",
+            ]
+        )
+        == 0
+    )
     stored = json.loads((here / "run/config.json").read_text())
-    expected = vars(promptmm.Config(**promptmm.PRESETS["tiktok"] | {
-        "epochs": 3, "eval_every": 1, "dim": 4, "beta": "identity", "tune_prompt": False}))
+    expected = vars(
+        promptmm.Config(
+            **promptmm.PRESETS["tiktok"]
+            | {
+                "epochs": 3,
+                "eval_every": 1,
+                "dim": 4,
+                "beta": "identity",
+                "tune_prompt": False,
+            }
+        )
+    )
     assert {name: stored[name] for name in expected} == expected
 
 
@@ -85,17 +125,26 @@ BAD_ARGUMENTS = {
     "not a number": (["--dim", "many"], "argument --dim: invalid int value: 'many'"),
     "too small": (["--dim", "0"], "dim: expected 1 <= number < 100000.0, found 0"),
     "a rate of one": (["--dropout", "1"], "dropout: expected 0 <= number < 1, found 1.0"),
-    "negative": (["--lambda-list", "-1"], "lambda_list: expected 0 <= number < inf, found -1.0"),
+    "negative": (
+        ["--lambda-list", "-1"],
+        "lambda_list: expected 0 <= number < inf, found -1.0",
+    ),
     "NaN": (["--l2", "nan"], "l2: expected 0 <= number < inf, found nan"),
     "gamma": (["--gamma", "0.5"], "gamma: expected 1 <= number < inf, found 0.5"),
     "beta": (["--beta", "identy"], "beta: expected identity, found identy"),
     "a choice": (["--tokens", "sum"], "tokens: expected mean or concat, found sum"),
     "a preset": (["--preset", "netflix"], "invalid choice: 'netflix'"),
     "unscored lists": (["--weight-modal", "0"], "weight_modal: expected > 0 for lists"),
-    "a narrow warm start": (["--warm-start", "--dim-student", "4"], "dim_student: expected d"),
+    "a narrow warm start": (
+        ["--warm-start", "--dim-student", "4"],
+        "dim_student: expected d",
+    ),
     "a device": (["--device", "tpu"], "--device: expected auto or one of"),
     "an absent GPU": (["--device", "cuda:63"], "found cuda:63"),
-    "a missing folder": (["--data", "nowhere"], "nowhere: expected a dataset folder, found none"),
+    "a missing folder": (
+        ["--data", "nowhere"],
+        "nowhere: expected a dataset folder, found none",
+    ),
     "nothing to resume": (["--resume"], "config.json: cannot be read"),
 }
 
@@ -108,14 +157,17 @@ def test_bad_arguments_are_one_line_and_write_nothing(case, here, capsys):
 
 
 def test_an_unknown_modality_is_refused(folder, here, capsys):
-    assert "unknown modality 'smell'" in error_of(["--data", str(folder), "--modalities", "smell"],
-                                                  capsys)
+    assert "unknown modality 'smell'" in error_of(
+        ["--data", str(folder), "--modalities", "smell"], capsys
+    )
 
 
 def test_an_existing_run_is_kept(here, capsys):
     assert main([*SHORT, "--quick"]) == 0
     before = (here / "runs/synthetic/metrics.json").read_bytes()
-    assert "exists; expected a new folder, --resume or --force" in error_of(["--quick"], capsys)
+    assert "exists; expected a new folder, --resume or --force" in error_of(
+        ["--quick"], capsys
+    )
     assert (here / "runs/synthetic/metrics.json").read_bytes() == before
     (here / "runs/synthetic/mine.txt").write_text("keep")
     assert main([*SHORT, "--quick", "--force", "--student-only"]) == 0
@@ -128,20 +180,26 @@ def test_an_existing_run_is_kept(here, capsys):
 def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
     assert main([*SHORT, "--quick", "--out", "run"]) == 0
     assert main(["--out", "run", "--resume"]) == 0  # finished: the ladder again
-    assert "student" in capsys.readouterr().out
+    assert "PromptMM" in capsys.readouterr().out
     assert "expected dim = 8 to resume, found 16" in error_of(
-        ["--out", "run", "--resume", "--dim", "16"], capsys)
+        ["--out", "run", "--resume", "--dim", "16"], capsys
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
-    assert "expected threads = 1 to resume, found 63" in error_of(["--out", "run", "--resume"],
-                                                                  capsys)
+    assert "expected threads = 1 to resume, found 63" in error_of(
+        ["--out", "run", "--resume"], capsys
+    )
     stored = json.loads((here / "run/config.json").read_text())
     (here / "run/config.json").write_text(json.dumps({**stored, "fingerprint": None}))
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert "expected fingerprint = None to resume" in error_of(["--out", "run", "--resume"], capsys)
+    assert "expected fingerprint = None to resume" in error_of(
+        ["--out", "run", "--resume"], capsys
+    )
     del stored["fingerprint"]
     (here / "run/config.json").write_text(json.dumps(stored))
-    assert "expected fingerprint = None to resume" in error_of(["--out", "run", "--resume"], capsys)
+    assert "expected fingerprint = None to resume" in error_of(
+        ["--out", "run", "--resume"], capsys
+    )
     metrics = (here / "run/metrics.json").read_bytes()
     for content in ("{", "{}", "[]", "3"):
         (here / "run/config.json").write_text(content)
@@ -159,7 +217,9 @@ def test_resuming_from_damaged_files(here, capsys, monkeypatch):
     for name in ("teacher.pt", "state.pt"):
         whole = (here / "run" / name).read_bytes()
         (here / "run" / name).write_bytes(whole[:300])
-        assert f"run/{name}: cannot be read" in error_of(["--out", "run", "--resume"], capsys)
+        assert f"run/{name}: cannot be read" in error_of(
+            ["--out", "run", "--resume"], capsys
+        )
         (here / "run" / name).write_bytes(whole)
     assert main(["--out", "run", "--resume"]) == 0
 
@@ -167,7 +227,7 @@ def test_resuming_from_damaged_files(here, capsys, monkeypatch):
 def test_interrupted_and_resumed_by_hand(here, capsys, monkeypatch):
     """Ctrl-C: one line, status 130, and --resume alone finishes the job."""
     assert main([*SHORT, "--out", "whole"]) == 0
-    calls, epoch = [], promptmm._epoch
+    calls, epoch = [], promptmm.train_epoch
 
     def stop_at_the_sixth(*arguments):
         calls.append(1)
@@ -176,11 +236,12 @@ def test_interrupted_and_resumed_by_hand(here, capsys, monkeypatch):
         return epoch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(promptmm, "_epoch", stop_at_the_sixth)
+        patch.setattr(promptmm, "train_epoch", stop_at_the_sixth)
         assert "--resume goes on" in error_of([*SHORT, "--out", "part"], capsys, status=130)
     assert main(["--out", "part", "--resume"]) == 0
-    one, two = (json.loads((here / name / "metrics.json").read_text())
-                for name in ("whole", "part"))
+    one, two = (
+        json.loads((here / name / "metrics.json").read_text()) for name in ("whole", "part")
+    )
     assert one["test"] == two["test"]
 
 
@@ -202,30 +263,70 @@ def test_recommend_from_the_artefact_alone(here, tiny, capsys):
     scores[tiny.train[7].indices] = -np.inf
     expected = np.argsort(-scores, kind="stable")[:5]
     assert [int(i) for i, _ in found] == expected.tolist()
-    assert [float(s) for _, s in found] == pytest.approx(scores[expected].tolist(), abs=1e-4)
-    (here / "ids.json").write_text(json.dumps({
-        "users": [f"user {u}" for u in range(60)], "items": [f"item {i}" for i in range(40)]}))
-    assert main(["recommend", "--run", "run", "--user", "user 7", "--k", "1",
-                 "--ids", "ids.json"]) == 0
+    assert [float(s) for _, s in found] == pytest.approx(
+        scores[expected].tolist(), abs=1e-4
+    )
+    (here / "ids.json").write_text(
+        json.dumps(
+            {
+                "users": [f"user {u}" for u in range(60)],
+                "items": [f"item {i}" for i in range(40)],
+            }
+        )
+    )
+    assert (
+        main(
+            [
+                "recommend",
+                "--run",
+                "run",
+                "--user",
+                "user 7",
+                "--k",
+                "1",
+                "--ids",
+                "ids.json",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith(f"item {expected[0]}\t")
 
 
 def test_recommend_refusals(here, capsys):
     assert "student.npz" in error_of(["recommend", "--run", "no", "--user", "1"], capsys)
     assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
-    for argv in (["--user", "60"], ["--user=-1"], ["--user", "ann"], ["--user", "1", "--k", "0"]):
+    for argv in (
+        ["--user", "60"],
+        ["--user=-1"],
+        ["--user", "ann"],
+        ["--user", "1", "--k", "0"],
+    ):
         assert "expected --user 0 … 59 and --k 1 or more" in error_of(
-            ["recommend", "--run", "run", *argv], capsys)
+            ["recommend", "--run", "run", *argv], capsys
+        )
 
 
 def test_the_real_command_line(folder, tmp_path):
     """Once as a process: status, streams, and no traceback."""
+
     def command(*argv):
-        return subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    done = command(ROOT / "promptmm.py", "--data", folder, "--quick", *SHORT, "--out", "run")
+        return subprocess.run(
+            [sys.executable, *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    done = command(
+        ROOT / "promptmm.py", "--data", folder, "--quick", *SHORT, "--out", "run"
+    )
     assert (done.returncode, done.stdout.count("\n")) == (0, 7)
-    assert command(ROOT / "promptmm.py", "recommend", "--run", "run", "--user", "1").returncode == 0
+    assert (
+        command(ROOT / "promptmm.py", "recommend", "--run", "run", "--user", "1").returncode
+        == 0
+    )
     broken = command(ROOT / "promptmm.py", "--data", tmp_path / "nowhere")
     assert (broken.returncode, broken.stdout, broken.stderr.count("\n")) == (2, "", 1)
     assert command(ROOT / "data.py", "describe", folder).returncode == 0

@@ -43,8 +43,10 @@ def write_mats(dataset, folder):
 def write_inter(dataset, folder):
     lines = ["rating\tuserID\titemID\tx_label"]
     for label, split in enumerate(SPLITS):
-        lines += [f"5.0\t{u}\t{i}\t{label}" for u, i in zip(*getattr(dataset, split).nonzero(),
-                                                           strict=True)]
+        lines += [
+            f"5.0\t{u}\t{i}\t{label}"
+            for u, i in zip(*getattr(dataset, split).nonzero(), strict=True)
+        ]
     (folder / "shop.inter").write_text("\n".join(lines) + "\n")
 
 
@@ -63,7 +65,9 @@ def assert_same(one, two):
     for split in SPLITS:
         assert (getattr(one, split) != getattr(two, split)).nnz == 0
         assert getattr(two, split).dtype == np.float32
-    assert list(one.features) == sorted(two.features) or set(one.features) == set(two.features)
+    assert list(one.features) == sorted(two.features) or set(one.features) == set(
+        two.features
+    )
     for m, x in one.features.items():
         assert two.features[m].dtype == np.float32
         assert np.array_equal(x, two.features[m])
@@ -96,7 +100,9 @@ def test_pickles_of_old_numpy_and_scipy(tiny, tmp_path):
     """Their module paths lack an underscore; the allow-list knows both."""
     folder = write_layout(lambda d, f: write_diffmm(d, f, 2), tiny, tmp_path / "in")
     for file in folder.glob("*.pkl"):
-        text = file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        text = file.read_bytes().replace(
+            b"numpy._core.multiarray", b"numpy.core.multiarray"
+        )
         file.write_bytes(text.replace(b"scipy.sparse._coo", b"scipy.sparse.coo"))
         assert b"scipy.sparse.coo" in file.read_bytes()
     assert_same(tiny, data.load(folder))
@@ -114,8 +120,10 @@ class Cousin:
         return np.fromfile, ("secret",)
 
 
-@pytest.mark.parametrize("payload, name", [(Bomb(), "system"), (Cousin(), "fromfile"),
-                                           ({"a": np.float64}, "float64")])
+@pytest.mark.parametrize(
+    "payload, name",
+    [(Bomb(), "system"), (Cousin(), "fromfile"), ({"a": np.float64}, "float64")],
+)
 def test_pickles_may_not_name_anything_else(payload, name, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_layout(write_diffmm, tiny, tmp_path / "in")
@@ -127,7 +135,9 @@ def test_pickles_may_not_name_anything_else(payload, name, tiny, tmp_path, monke
 
 def test_modalities_are_chosen_by_name(folder):
     assert list(data.load(folder, modalities="text").features) == ["text"]
-    with pytest.raises(DataError, match="unknown modality 'smell', expected among text, visual"):
+    with pytest.raises(
+        DataError, match="unknown modality 'smell', expected among text, visual"
+    ):
         data.load(folder, modalities="text,smell")
 
 
@@ -144,18 +154,21 @@ def test_features_become_float32(dtype, folder):
 def break_features(x):
     def change(folder):
         np.save(folder / "visual_feat.npy", x)
+
     return change
 
 
 def break_split(split, matrix):
     def change(folder):
         sparse.save_npz(folder / f"{split}.npz", sparse.csr_matrix(matrix))
+
     return change
 
 
 def break_bytes(name):
     def change(folder):
         (folder / name).write_bytes(b"\x80\x04 not what it says")
+
     return change
 
 
@@ -163,6 +176,7 @@ def remove(*names):
     def change(folder):
         for name in names:
             (folder / name).unlink()
+
     return change
 
 
@@ -194,27 +208,51 @@ def pickled_features(folder):
 def broken_pointer(folder):
     matrix = sparse.load_npz(folder / "train.npz")
     matrix.indptr[5] = 10**6
-    np.savez(folder / "train.npz", indptr=matrix.indptr, indices=matrix.indices, data=matrix.data,
-             shape=matrix.shape, format=b"csr")
+    np.savez(
+        folder / "train.npz",
+        indptr=matrix.indptr,
+        indices=matrix.indices,
+        data=matrix.data,
+        shape=matrix.shape,
+        format=b"csr",
+    )
 
 
 NATIVE_REFUSALS = {
     "a missing split": (remove("val.npz"), r"native layout, expected also val\.npz"),
-    "no layout": (remove("train.npz", "val.npz", "test.npz"),
-                  r"no recognised layout, expected one of native .*DiffMM .*MMSSL .*MMRec"),
-    "no features": (remove("visual_feat.npy", "text_feat.npy"),
-                    r"no feature file, expected <modality>_feat\.npy, such as image_feat"),
-    "splits of two shapes": (break_split("val", np.eye(60, 41)), r"expected splits of one shape"),
+    "no layout": (
+        remove("train.npz", "val.npz", "test.npz"),
+        r"no recognised layout, expected one of native .*DiffMM .*MMSSL .*MMRec",
+    ),
+    "no features": (
+        remove("visual_feat.npy", "text_feat.npy"),
+        r"no feature file, expected <modality>_feat\.npy, such as image_feat",
+    ),
+    "splits of two shapes": (
+        break_split("val", np.eye(60, 41)),
+        r"expected splits of one shape",
+    ),
     "empty training": (break_split("train", np.zeros((60, 40))), r"empty train split"),
     "empty test": (break_split("test", np.zeros((60, 40))), r"empty test split"),
     "overlapping splits": (overlap, r"expected disjoint splits, \d+ cells are in two"),
     "a user with every item": (everything_for_one_user, r"1 users have every item"),
-    "feature rows": (break_features(np.ones((39, 4))),
-                     r"visual_feat\.npy: expected 40 rows, one an item, found shape \(39, 4\)"),
-    "1-d features": (break_features(np.ones(40)), r"visual_feat\.npy: expected numbers .*\[40\]"),
+    "feature rows": (
+        break_features(np.ones((39, 4))),
+        r"visual_feat\.npy: expected 40 rows, one an item, found shape \(39, 4\)",
+    ),
+    "1-d features": (
+        break_features(np.ones(40)),
+        r"visual_feat\.npy: expected numbers .*\[40\]",
+    ),
     "object features": (pickled_features, r"visual_feat\.npy: cannot be read"),
-    "text features": (break_features(np.array([["a"]] * 40)), r"_feat\.npy: expected numbers"),
-    "features without columns": (break_features(np.ones((40, 0))), r"expected numbers .*\[40, 0\]"),
+    "text features": (
+        break_features(np.array([["a"]] * 40)),
+        r"_feat\.npy: expected numbers",
+    ),
+    "features without columns": (
+        break_features(np.ones((40, 0))),
+        r"expected numbers .*\[40, 0\]",
+    ),
     "NaN and inf": (nan_features, r"text_feat\.npy: expected finite .* in 2 rows"),
     "beyond float32": (break_features(np.full((40, 2), 1e300)), r"infinity in 40 rows"),
     "corrupt npz": (break_bytes("train.npz"), r"train\.npz: cannot be read"),
@@ -231,28 +269,76 @@ def test_native_refusals(case, folder, tmp_path, capsys):
         data.load(folder)
     capsys.readouterr()
     assert data.main(["convert", str(folder), str(tmp_path / "out")]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
+    ]
     assert len(errors) == 1
     assert str(folder) in errors[0]
     assert not (tmp_path / "out").exists()
 
 
 FOREIGN_REFUSALS = {
-    "negative id": (write_inter, "shop.inter", lambda t: t.replace("5.0\t0\t", "5.0\t-1\t", 1),
-                    r"expected user ids 0 to \d+, found -1"),
-    "id beyond the features": (write_inter, "shop.inter", lambda t: t + "5.0\t1\t40\t0\n",
-                               r"expected item ids 0 to 39, found 0 to 40"),
-    "label": (write_inter, "shop.inter", lambda t: t + "5.0\t1\t1\t3\n", r"x_label 0, 1 or 2"),
-    "header": (write_inter, "shop.inter", lambda t: t.replace("itemID", "item"),
-               r"expected columns"),
-    "not numbers": (write_inter, "shop.inter", lambda t: t + "5.0\tann\t1\t0\n", r"cannot be read"),
-    "corrupt json": (write_json, "train.json", lambda t: t[:40], r"train\.json: cannot be read"),
+    "negative id": (
+        write_inter,
+        "shop.inter",
+        lambda t: t.replace("5.0\t0\t", "5.0\t-1\t", 1),
+        r"expected user ids 0 to \d+, found -1",
+    ),
+    "id beyond the features": (
+        write_inter,
+        "shop.inter",
+        lambda t: t + "5.0\t1\t40\t0\n",
+        r"expected item ids 0 to 39, found 0 to 40",
+    ),
+    "label": (
+        write_inter,
+        "shop.inter",
+        lambda t: t + "5.0\t1\t1\t3\n",
+        r"x_label 0, 1 or 2",
+    ),
+    "header": (
+        write_inter,
+        "shop.inter",
+        lambda t: t.replace("itemID", "item"),
+        r"expected columns",
+    ),
+    "not numbers": (
+        write_inter,
+        "shop.inter",
+        lambda t: t + "5.0\tann\t1\t0\n",
+        r"cannot be read",
+    ),
+    "corrupt json": (
+        write_json,
+        "train.json",
+        lambda t: t[:40],
+        r"train\.json: cannot be read",
+    ),
     "json list": (write_json, "train.json", lambda t: "[1, 2]", r"expected an object"),
-    "json nested": (write_json, "train.json", lambda t: '{"0": {"1": 2}}', r"\{user: \[items\]\}"),
-    "a user id beyond sense": (write_inter, "shop.inter", lambda t: t + "5.0\t9000000000\t1\t0\n",
-                               r"expected user ids below 100000000, found 9000000000"),
-    "json text ids": (write_json, "train.json", lambda t: '{"0": ["a"]}', r"integer item ids"),
-    "json flags": (write_json, "train.json", lambda t: '{"0": [true]}', r"integer item ids"),
+    "json nested": (
+        write_json,
+        "train.json",
+        lambda t: '{"0": {"1": 2}}',
+        r"\{user: \[items\]\}",
+    ),
+    "a user id beyond sense": (
+        write_inter,
+        "shop.inter",
+        lambda t: t + "5.0\t9000000000\t1\t0\n",
+        r"expected user ids below 100000000, found 9000000000",
+    ),
+    "json text ids": (
+        write_json,
+        "train.json",
+        lambda t: '{"0": ["a"]}',
+        r"integer item ids",
+    ),
+    "json flags": (
+        write_json,
+        "train.json",
+        lambda t: '{"0": [true]}',
+        r"integer item ids",
+    ),
 }
 
 
@@ -279,16 +365,24 @@ def test_warnings_are_kept(tiny, tmp_path, capsys):
     train = tiny.train.tolil()
     train[3] = 0
     x = tiny.features["visual"]
-    odd = replaced(tiny, train=train.tocsr(), features={"a": x, "b": x, "c": np.zeros_like(x)})
+    odd = replaced(
+        tiny, train=train.tocsr(), features={"a": x, "b": x, "c": np.zeros_like(x)}
+    )
     folder = write_layout(write_inter, odd, tmp_path / "in")
     with open(folder / "shop.inter", "a") as stream:
         u, i = odd.train.nonzero()
         stream.write(f"1.0\t{u[0]}\t{i[0]}\t0\n" * 2)
     loaded = data.load(folder)
     assert_same(odd, loaded)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    for words in ("2 duplicate interactions in train, merged", "1 test users have no training item",
-                  "b_feat.npy holds the same array as a_feat.npy", "c_feat.npy is zero throughout"):
+    warnings = [
+        line for line in capsys.readouterr().err.splitlines() if "warning: " in line
+    ]
+    for words in (
+        "2 duplicate interactions in train, merged",
+        "1 test users have no training item",
+        "b_feat.npy holds the same array as a_feat.npy",
+        "c_feat.npy is zero throughout",
+    ):
         assert any(words in line for line in warnings), words
 
 
@@ -318,39 +412,67 @@ def write_shop(folder, n_users=30):
     """A log with ids of one's own, and features in another order."""
     rng = np.random.default_rng(0)
     items = [f"item-{c}" for c in "qwertyuiopas"]
-    pairs = [(f"user {u}", str(i)) for u in range(n_users) for i in rng.permutation(items)[:6]]
+    pairs = [
+        (f"user {u}", str(i)) for u in range(n_users) for i in rng.permutation(items)[:6]
+    ]
     (folder / "log.csv").write_text(
-        "time,user_id,item_id\n" + "".join(f"9,{u},{i}\n" for u, i in pairs))
+        "time,user_id,item_id\n" + "".join(f"9,{u},{i}\n" for u, i in pairs)
+    )
     (folder / "items.txt").write_text("\n".join(items) + "\n")
     np.save(folder / "v.npy", rng.standard_normal((12, 5)))
     return set(pairs), items
 
 
 def convert(folder, *extra):
-    return data.main(["convert", str(folder / "out"), "--interactions", str(folder / "log.csv"),
-                      "--features", f"visual={folder / 'v.npy'}",
-                      "--items", str(folder / "items.txt"), *extra])
+    return data.main(
+        [
+            "convert",
+            str(folder / "out"),
+            "--interactions",
+            str(folder / "log.csv"),
+            "--features",
+            f"visual={folder / 'v.npy'}",
+            "--items",
+            str(folder / "items.txt"),
+            *extra,
+        ]
+    )
 
 
 def test_bring_your_own(tmp_path):
     pairs, items = write_shop(tmp_path)
     assert convert(tmp_path) == 0
-    dataset, ids = data.load(tmp_path / "out"), json.loads((tmp_path / "out/ids.json").read_text())
+    dataset, ids = (
+        data.load(tmp_path / "out"),
+        json.loads((tmp_path / "out/ids.json").read_text()),
+    )
     assert ids["items"] == items
-    back = {(ids["users"][u], items[i]) for split in SPLITS
-            for u, i in zip(*getattr(dataset, split).nonzero(), strict=True)}
+    back = {
+        (ids["users"][u], items[i])
+        for split in SPLITS
+        for u, i in zip(*getattr(dataset, split).nonzero(), strict=True)
+    }
     assert back == pairs
     assert (dataset.val.sum(1) == 1).all()
     assert (dataset.test.sum(1) == 1).all()
-    assert np.array_equal(dataset.features["visual"], np.load(tmp_path / "v.npy").astype("f4"))
+    assert np.array_equal(
+        dataset.features["visual"], np.load(tmp_path / "v.npy").astype("f4")
+    )
 
 
-@pytest.mark.parametrize("file, text, message", [
-    ("log.csv", "a,b\n1,2\n", "expected columns user"),
-    ("log.csv", "user,item\n", "found 0 and 1"),
-    ("log.csv", "user,item\nx,item-?\n", r"found 1 others, such as \['item-\?'\]"),
-    ("items.txt", "a\na\n", "expected 12 different ids, .* found 2, 1 of them different"),
-])
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("log.csv", "a,b\n1,2\n", "expected columns user"),
+        ("log.csv", "user,item\n", "found 0 and 1"),
+        ("log.csv", "user,item\nx,item-?\n", r"found 1 others, such as \['item-\?'\]"),
+        (
+            "items.txt",
+            "a\na\n",
+            "expected 12 different ids, .* found 2, 1 of them different",
+        ),
+    ],
+)
 def test_own_data_refusals(file, text, message, tmp_path, capsys):
     write_shop(tmp_path)
     (tmp_path / file).write_text(text)
@@ -371,6 +493,7 @@ def test_convert_writes_only_to_a_new_folder(folder, tmp_path, capsys):
 def test_save_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
+
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError):
         data.save(tiny, tmp_path / "out")
@@ -392,7 +515,11 @@ def test_split_is_8_1_1_per_user(rows, seed):
 
 
 def test_synthetic_is_deterministic_and_valid():
-    one, two, other = data.synthetic(**TINY), data.synthetic(**TINY), data.synthetic(1, **TINY)
+    one, two, other = (
+        data.synthetic(**TINY),
+        data.synthetic(**TINY),
+        data.synthetic(1, **TINY),
+    )
     assert_same(one, two)
     assert data.fingerprint(one) == data.fingerprint(two) != data.fingerprint(other)
     assert data.validate(data.synthetic()) == []
@@ -421,8 +548,9 @@ def test_synthetic_plants_what_it_says():
 def test_an_epoch_visits_every_edge_once(tiny):
     users, lists = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0), 2)
     found = collections.Counter(zip(users.tolist(), lists[:, 0].tolist(), strict=True))
-    assert found == collections.Counter(zip(*map(np.ndarray.tolist, tiny.train.nonzero()),
-                                            strict=True))
+    assert found == collections.Counter(
+        zip(*map(np.ndarray.tolist, tiny.train.nonzero()), strict=True)
+    )
     again, _ = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(1), 2)
     assert users.tolist() != again.tolist()
 
@@ -435,7 +563,8 @@ def test_no_training_positive_among_the_negatives(seed, n_items, density):
     train[0, :] = False
     train[0, (np.flatnonzero(~train[1])[0] + 1) % n_items] = True
     users, lists = data.Sampler(sparse.csr_matrix(train)).epoch(
-        torch.Generator().manual_seed(seed), 20)
+        torch.Generator().manual_seed(seed), 20
+    )
     assert ((lists >= 0) & (lists < n_items)).all()
     assert train[users, lists[:, 0]].all()
     assert not train[users[:, None].expand(-1, 20), lists[:, 1:]].any()
@@ -444,7 +573,9 @@ def test_no_training_positive_among_the_negatives(seed, n_items, density):
 @pytest.mark.parametrize("owned", [[0], [9], [2, 3, 4, 8], [0, 1, 2, 3, 5, 6, 7, 8, 9]])
 def test_negatives_are_uniform(owned):
     """Chi-square over the items that are free, on a fixed seed; unsorted columns are no matter."""
-    train = sparse.csr_matrix((np.ones(len(owned)), owned[::-1], [0, 0, len(owned)]), (2, 10))
+    train = sparse.csr_matrix(
+        (np.ones(len(owned)), owned[::-1], [0, 0, len(owned)]), (2, 10)
+    )
     sampler = data.Sampler(train)
     user = torch.ones(20_000, dtype=torch.long)
     drawn = sampler.negatives(user, torch.Generator().manual_seed(3))

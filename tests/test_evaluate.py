@@ -24,15 +24,23 @@ def oracle(user, item, target, exclude, k):
         hits = [i in wanted for i in ranked]
 
         def gain(list_of_hits):
-            return sum(1 / math.log2(rank + 2) for rank, hit in enumerate(list_of_hits) if hit)
+            return sum(
+                1 / math.log2(rank + 2) for rank, hit in enumerate(list_of_hits) if hit
+            )
 
         ideal = gain([True] * min(k, len(wanted), len(item)))
-        retrieved = gain([True] * min(k, sum(hits[:7])))  # 7: the longest list the tests ask for
-        rows.append({
-            f"recall@{k}": sum(hits[:k]) / len(wanted), f"ndcg@{k}": gain(hits[:k]) / ideal,
-            f"precision@{k}": sum(hits[:k]) / k, f"hit@{k}": float(any(hits[:k])),
-            f"ndcg_released@{k}": gain(hits[:k]) / retrieved if retrieved else 0.0,
-        })
+        retrieved = gain(
+            [True] * min(k, sum(hits[:7]))
+        )  # 7: the longest list the tests ask for
+        rows.append(
+            {
+                f"recall@{k}": sum(hits[:k]) / len(wanted),
+                f"ndcg@{k}": gain(hits[:k]) / ideal,
+                f"precision@{k}": sum(hits[:k]) / k,
+                f"hit@{k}": float(any(hits[:k])),
+                f"ndcg_released@{k}": gain(hits[:k]) / retrieved if retrieved else 0.0,
+            }
+        )
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
@@ -44,7 +52,9 @@ def problems(draw):
     user, item = rng.integers(-1, 2, (n_users, 2)), rng.integers(-1, 2, (n_items, 2))
     target = rng.random((n_users, n_items)) < 0.3
     target[0, rng.integers(n_items)] = True
-    exclude = (rng.random((n_users, n_items)) < draw(st.sampled_from([0.0, 0.4, 0.9]))) & ~target
+    exclude = (
+        rng.random((n_users, n_items)) < draw(st.sampled_from([0.0, 0.4, 0.9]))
+    ) & ~target
     return user.astype("f4"), item.astype("f4"), target, exclude
 
 
@@ -52,8 +62,13 @@ def problems(draw):
 def test_metrics_match_the_oracle(problem):
     """Ties, users with fewer candidates than K, and K beyond the number of items included."""
     user, item, target, exclude = problem
-    found = evaluate(torch.from_numpy(user), torch.from_numpy(item), sparse.csr_matrix(target),
-                     sparse.csr_matrix(exclude), ks=(1, 3, 7))
+    found = evaluate(
+        torch.from_numpy(user),
+        torch.from_numpy(item),
+        sparse.csr_matrix(target),
+        sparse.csr_matrix(exclude),
+        ks=(1, 3, 7),
+    )
     for k in (1, 3, 7):
         for name, value in oracle(user, item, target, exclude, k).items():
             assert found[name] == pytest.approx(value, abs=1e-12), name
@@ -74,8 +89,14 @@ def test_an_excluded_target_cannot_be_hit():
     assert evaluate(user, item, both, both, ks=(2,))["recall@2"] == 0
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, -np.inf]), min_size=8, max_size=8),
-                min_size=1, max_size=5), st.integers(1, 8))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 2.0, -np.inf]), min_size=8, max_size=8),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 8),
+)
 def test_top_items_is_a_stable_sort(rows, k):
     values, index = top_items(torch.tensor(rows), k)
     for row, found, value in zip(rows, index.tolist(), values.tolist(), strict=True):
@@ -86,7 +107,9 @@ def test_top_items_is_a_stable_sort(rows, k):
 
 def test_chunks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
-    user, item = (torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype("f4")) for n in (50, 30))
+    user, item = (
+        torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype("f4")) for n in (50, 30)
+    )
     target, exclude = (sparse.random(50, 30, 0.1, "csr", random_state=s) for s in (1, 2))
     whole = evaluate(user, item, target, exclude, per_user=True)
     monkeypatch.setattr("evaluate.CHUNK_SCORES", 7 * 30)
@@ -97,15 +120,22 @@ def test_chunks_change_nothing(monkeypatch):
         assert whole[name] == pytest.approx(values.mean())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"target": sparse.csr_matrix((2, 4))}, "target: expected shape"),
-    ({"exclude": sparse.csr_matrix((1, 3))}, "exclude: expected shape"),
-    ({"target": sparse.csr_matrix((2, 3))}, "at least one interaction"),
-    ({"user": torch.full((2, 1), torch.nan)}, "NaN"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"target": sparse.csr_matrix((2, 4))}, "target: expected shape"),
+        ({"exclude": sparse.csr_matrix((1, 3))}, "exclude: expected shape"),
+        ({"target": sparse.csr_matrix((2, 3))}, "at least one interaction"),
+        ({"user": torch.full((2, 1), torch.nan)}, "NaN"),
+    ],
+)
 def test_refusals(change, message):
-    arguments = {"user": torch.ones(2, 1), "item": torch.ones(3, 1),
-                 "target": sparse.csr_matrix(np.eye(2, 3)), "exclude": sparse.csr_matrix((2, 3))}
+    arguments = {
+        "user": torch.ones(2, 1),
+        "item": torch.ones(3, 1),
+        "target": sparse.csr_matrix(np.eye(2, 3)),
+        "exclude": sparse.csr_matrix((2, 3)),
+    }
     with pytest.raises((ValueError, FloatingPointError), match=message):
         evaluate(**arguments | change)
 

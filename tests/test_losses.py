@@ -1,5 +1,6 @@
 """The objective: laws by hypothesis, values by oracles that share no code with it."""
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch.autograd import gradcheck
 
-from losses import bpr_loss, disentangle, embed_kd, kl, l2_penalty, list_kd, pair_kd, scores
+from losses import bpr_loss, disentangle, embed_kd, kl, l2_penalty, list_kd, pair_kd
+from promptmm import Config
 
 logit = st.floats(-30, 30, allow_nan=False)
 extreme = st.floats(-1e4, 1e4, allow_nan=False)
@@ -18,7 +20,9 @@ temperatures = st.floats(0.1, 20)
 def matrices(elements, low=2):
     """Two float64 arrays [B, K] of one shape."""
     shapes = array_shapes(min_dims=2, max_dims=2, min_side=low, max_side=7)
-    return shapes.flatmap(lambda shape: st.tuples(*[arrays("f8", shape, elements=elements)] * 2))
+    return shapes.flatmap(
+        lambda shape: st.tuples(*[arrays("f8", shape, elements=elements)] * 2)
+    )
 
 
 def tensors(pair):
@@ -27,10 +31,12 @@ def tensors(pair):
 
 def oracle_kl(teacher, student):
     """KL of two lists of logits in plain Python, exact summation."""
+
     def log_softmax(row):
         top = max(row)
         total = math.log(math.fsum(math.exp(x - top) for x in row)) + top
         return [x - total for x in row]
+
     t, s = log_softmax(teacher), log_softmax(student)
     return math.fsum(math.exp(a) * (a - b) for a, b in zip(t, s, strict=True))
 
@@ -56,10 +62,14 @@ def test_disentangling_is_an_identity(pair, temperature):
 @given(matrices(logit), temperatures)
 def test_kl_matches_plain_python(pair, temperature):
     student, teacher = tensors(pair)
-    rows = [oracle_kl([x / temperature for x in t], [x / temperature for x in s])
-            for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
+    rows = [
+        oracle_kl([x / temperature for x in t], [x / temperature for x in s])
+        for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
+    ]
     expected = temperature**2 * math.fsum(rows) / len(rows)
-    assert kl(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert kl(student, teacher, temperature).item() == pytest.approx(
+        expected, rel=1e-9, abs=1e-9
+    )
 
 
 @given(matrices(logit), temperatures, st.floats(0, 5), st.floats(0, 10))
@@ -70,8 +80,10 @@ def test_list_kd_matches_plain_python(pair, temperature, alpha, beta):
     for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
         t, s = ([x / temperature for x in row] for row in (t, s))
         t_rest, s_rest = (math.log(math.fsum(map(math.exp, row[1:]))) for row in (t, s))
-        rows.append(alpha * oracle_kl([t[0], t_rest], [s[0], s_rest])
-                    + beta * oracle_kl(t[1:], s[1:]))
+        rows.append(
+            alpha * oracle_kl([t[0], t_rest], [s[0], s_rest])
+            + beta * oracle_kl(t[1:], s[1:])
+        )
     expected = temperature**2 * math.fsum(rows) / len(rows)
     found = list_kd(student, teacher, alpha, beta, temperature).item()
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
@@ -81,8 +93,10 @@ def test_list_kd_matches_plain_python(pair, temperature, alpha, beta):
 def test_pair_kd_matches_plain_python(pair, temperature):
     """Two-class KL between [m, 0] / τ on either side."""
     student, teacher = (x.flatten() for x in tensors(pair))
-    rows = [oracle_kl([t / temperature, 0], [s / temperature, 0])
-            for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
+    rows = [
+        oracle_kl([t / temperature, 0], [s / temperature, 0])
+        for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
+    ]
     expected = temperature**2 * math.fsum(rows) / len(rows)
     found = pair_kd(student, teacher, temperature).item()
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-9)
@@ -108,8 +122,9 @@ def test_never_negative(name, pair):
 @given(pair=matrices(logit, low=3), seed=st.integers(0, 99))
 def test_order_of_the_negatives_is_nothing(name, pair, seed):
     student, teacher = tensors(pair)
-    negatives = 1 + torch.randperm(student.shape[1] - 1,
-                                   generator=torch.Generator().manual_seed(seed))
+    negatives = 1 + torch.randperm(
+        student.shape[1] - 1, generator=torch.Generator().manual_seed(seed)
+    )
     order = torch.cat([torch.tensor([0]), negatives])
     before = LOSSES[name](student, teacher).item()
     after = LOSSES[name](student[:, order], teacher[:, order]).item()
@@ -120,8 +135,10 @@ def test_order_of_the_negatives_is_nothing(name, pair, seed):
 def test_gradients_on_both_sides(name):
     """Analytic against numerical, on the teacher's side too: prompt tuning needs it."""
     generator = torch.Generator().manual_seed(0)
-    pair = [torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-            for _ in range(2)]
+    pair = [
+        torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    ]
     assert gradcheck(LOSSES[name], pair)
     LOSSES[name](*pair).backward()
     assert pair[0].grad.abs().max() > 1e-3
@@ -168,7 +185,9 @@ def test_embed_kd_matches_plain_python(pair, gamma):
         norms = math.hypot(*s), math.hypot(*t)
         directed = min(norms) >= 1e-6
         dot = math.fsum(a * b for a, b in zip(s, t, strict=True))
-        rows.append(max(0.0, 1 - (dot / (norms[0] * norms[1]) if directed else 0.0)) ** gamma)
+        rows.append(
+            max(0.0, 1 - (dot / (norms[0] * norms[1]) if directed else 0.0)) ** gamma
+        )
     expected = math.fsum(rows) / len(rows)
     assert embed_kd(student, teacher, gamma).item() == pytest.approx(expected, abs=1e-6)
 
@@ -198,7 +217,9 @@ def test_embed_kd_where_float32_cosines_exceed_one():
 @given(arrays("f8", st.integers(1, 9), elements=logit), st.floats(-30, 30))
 def test_bpr_matches_plain_python(positive, shift):
     expected = math.fsum(math.log1p(math.exp(-shift)) for _ in positive) / len(positive)
-    found = bpr_loss(torch.from_numpy(positive + shift), torch.from_numpy(positive.copy())).item()
+    found = bpr_loss(
+        torch.from_numpy(positive + shift), torch.from_numpy(positive.copy())
+    ).item()
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
@@ -207,14 +228,9 @@ def test_l2_penalty_is_half_the_squares_over_the_batch():
     assert l2_penalty(a, b).item() == pytest.approx((55 + 6) / 2 / 2)
 
 
-def test_scores_and_their_gradient():
-    """The hand-written backward pass against numerical gradients, with repeated users and items."""
-    generator = torch.Generator().manual_seed(0)
-    user = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    item = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    users, lists = torch.tensor([0, 2, 2]), torch.tensor([[1, 1], [4, 0], [0, 1]])
-    found = scores(user, item, users, lists)
-    for b in range(3):
-        for k in range(2):
-            assert found[b, k].item() == pytest.approx((user[users[b]] @ item[lists[b, k]]).item())
-    assert gradcheck(lambda u, i: scores(u, i, users, lists), (user, item))
+def test_the_defaults_are_the_settings():
+    """One β, whether the loss is called by hand or by a run."""
+    defaults = inspect.signature(list_kd).parameters
+    config = Config()
+    for name in ("alpha", "beta", "temperature"):
+        assert defaults[name].default == getattr(config, name)

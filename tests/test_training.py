@@ -30,8 +30,9 @@ def another(run: Run, name: str, **changes) -> Run:
     """The same run in another folder, with other settings."""
     folder = run.folder.parent / name
     folder.mkdir()
-    return dataclasses.replace(run, folder=folder, state={},
-                               config=dataclasses.replace(run.config, **changes))
+    return dataclasses.replace(
+        run, folder=folder, state={}, config=dataclasses.replace(run.config, **changes)
+    )
 
 
 def log(run: Run) -> list[dict]:
@@ -48,12 +49,16 @@ def prompt_moved(before: dict, after: dict) -> bool:
 
 def test_the_student_may_take_its_own_l2(run):
     """l2_student: weighs the student's penalty; the teacher's stays."""
-    own, plain = (another(run, name, l2_student=weight, l2=1e-3)
-                  for name, weight in (("own", 1e-2), ("plain", 0.0)))
+    own, plain = (
+        another(run, name, l2_student=weight, l2=1e-3)
+        for name, weight in (("own", 1e-2), ("plain", 0.0))
+    )
     for one in (own, plain):
         pipeline(one)
-    first = {one.folder.name: {row["stage"]: float(row["l2"]) for row in log(one)[::-1]}
-             for one in (own, plain)}
+    first = {
+        one.folder.name: {row["stage"]: float(row["l2"]) for row in log(one)[::-1]}
+        for one in (own, plain)
+    }
     assert first["own"]["teacher"] == first["plain"]["teacher"]
     assert first["own"]["student"] > 5 * first["plain"]["student"]
     assert first["own"]["alone"] > 5 * first["plain"]["alone"]
@@ -63,11 +68,14 @@ def test_the_student_may_take_other_batches(run, monkeypatch):
     """batch_student: of the distilled student and of the one alone; the teacher keeps its own."""
     sizes = {"teacher_terms": [], "student_terms": []}
     for name, found in sizes.items():
+
         def watched(true, found, *arguments):
             found.append(len(arguments[-1]))
             return true(*arguments)
 
-        monkeypatch.setattr(promptmm, name, partial(watched, getattr(promptmm, name), found))
+        monkeypatch.setattr(
+            promptmm, name, partial(watched, getattr(promptmm, name), found)
+        )
     pipeline(another(run, "other", batch_student=50))
     assert max(sizes["teacher_terms"]) == 128
     assert max(sizes["student_terms"]) == 50
@@ -107,8 +115,9 @@ def test_a_frozen_prompt_computes_the_teacher_once(run, monkeypatch):
 
 def test_unanchored_untaught_prompt_stays(run):
     """The student's own BPR has no path to θ_P (errata P11)."""
-    run = another(run, "other", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0,
-                  weight_anchor=0.0)
+    run = another(
+        run, "other", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0, weight_anchor=0.0
+    )
     teacher = train_teacher(run)
     before = weights(teacher)
     train_student(run, "student", teacher)
@@ -125,21 +134,89 @@ class Two(nn.Module):
 
 def fit_two(run, terms, module=None):
     module = module or Two()
-    fit(run, "student", module, [{"params": list(module.parameters()), "lr": 0.1}], 2,
-        lambda users, lists: terms(module), lambda: (module.user, module.item))
+    fit(
+        run,
+        "student",
+        module,
+        [{"params": list(module.parameters()), "lr": 0.1}],
+        2,
+        lambda users, lists: terms(module),
+        lambda: (module.user, module.item),
+    )
     return module
 
 
+def test_each_epoch_and_extend(run):
+    """The hook comes once an epoch, seeded; the lists that the terms see are the extended ones."""
+    drawn, seen = [], []
+    module = Two()
+
+    def extend(users, lists):
+        return torch.cat([lists, users[:, None] % 7], dim=1)
+
+    def terms(users, lists):
+        seen.append((users, lists))
+        return {"one": module.user.square().sum()}
+
+    def train(folder_name):
+        drawn.clear()
+        one = another(run, folder_name)
+        fit(
+            one,
+            "student",
+            module,
+            [{"params": list(module.parameters()), "lr": 0.1}],
+            2,
+            terms,
+            lambda: (module.user, module.item),
+            lambda: drawn.append(torch.rand(1).item()),
+            extend,
+        )
+        return list(drawn)
+
+    first = train("first")
+    assert len(first) == run.config.epochs == len(set(first))
+    assert train("second") == first
+    for users, lists in seen:
+        assert lists.shape == (len(users), 3)
+        assert torch.equal(lists[:, 2], users % 7)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "stale", "least", "most"),
+    [(4, 0, 12, 32), (4, 2, 4, 32), (19, 0, 2, 2), (20, 3, 0, 0)],
+)
+def test_the_time_left(epoch, stale, least, most):
+    """2 s an epoch, 20 at most, every second one judged, patience 3."""
+    config = Config(epochs=20, eval_every=2, patience=3)
+    row = {
+        "stage": "student",
+        "epoch": epoch,
+        "seconds": 2.0 * epoch,
+        "loss": 1.0,
+        "recall@20": 0.5,
+    }
+    line = promptmm._progress(row, {"stale": stale, "recall": 0.5}, config)
+    assert line.endswith(f"left: {least} to {most} s")
+    assert "2.00 s/epoch" in line
+
+
 def test_the_objective_is_the_sum_of_its_terms(run):
-    module = fit_two(run, lambda m: {"one": m.user.square().sum(), "two": m.item.square().sum()})
+    module = fit_two(
+        run, lambda m: {"one": m.user.square().sum(), "two": m.item.square().sum()}
+    )
     assert (module.user < 0.99).all()
     assert (module.item < 0.99).all()
     row = log(run)[0]
-    assert float(row["loss"]) == pytest.approx(float(row["one"]) + float(row["two"]), rel=1e-6)
+    assert float(row["loss"]) == pytest.approx(
+        float(row["one"]) + float(row["two"]), rel=1e-6
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(run):
-    with pytest.raises(FloatingPointError, match="two is not finite, from step 1 of an epoch"):
+    with pytest.raises(
+        FloatingPointError, match="two is not finite, from step 1 of an epoch"
+    ):
         fit_two(run, lambda m: {"one": m.user.sum(), "two": m.item.sum() * torch.inf})
     assert not (run.folder / "state.pt").exists()
 
@@ -161,7 +238,9 @@ def test_patience_and_the_selected_epoch(run, monkeypatch):
     run = another(run, "other", epochs=50, eval_every=2, patience=2)
     asked = fake_evaluations(monkeypatch, [0.1, 0.2, 0.4, 0.4, 0.3])
     seen = []
-    module = fit_two(run, lambda m: seen.append(m.user[0, 0].item()) or {"one": m.user.sum()})
+    module = fit_two(
+        run, lambda m: seen.append(m.user[0, 0].item()) or {"one": m.user.sum()}
+    )
     rows = log(run)
     assert [int(row["epoch"]) for row in rows] == [2, 4, 6, 8, 10]
     steps = len(seen) // 10
@@ -181,7 +260,10 @@ def test_nothing_is_selected_on_the_test_split(run):
     one, two = pipeline(run), pipeline(other)
     assert one["test"] != two["test"]
     assert one["validation"] == two["validation"]
-    with np.load(run.folder / "student.npz") as a, np.load(other.folder / "student.npz") as b:
+    with (
+        np.load(run.folder / "student.npz") as a,
+        np.load(other.folder / "student.npz") as b,
+    ):
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
@@ -193,8 +275,10 @@ def test_what_is_unranked_at_test(mask, run, tiny):
     with np.load(run.folder / "student.npz") as saved:
         user, item = (torch.from_numpy(saved[name]) for name in ("user", "item"))
         assert (saved["seen_indices"] == tiny.train.indices).all()
-    figures = {"all": evaluate(user, item, tiny.test, tiny.train + tiny.val),
-               "train": evaluate(user, item, tiny.test, tiny.train)}
+    figures = {
+        "all": evaluate(user, item, tiny.test, tiny.train + tiny.val),
+        "train": evaluate(user, item, tiny.test, tiny.train),
+    }
     assert figures["all"] != figures["train"]
     assert metrics["test"]["student"] == figures[mask]
     assert metrics["exclude"] == {"all": "train + val", "train": "train"}[mask]
@@ -205,19 +289,47 @@ def test_run_folder(run, tiny):
     """What a finished run leaves, and what its files say."""
     metrics = pipeline(run)
     assert sorted(f.name for f in run.folder.iterdir()) == [
-        "log.csv", "metrics.json", "prompt.pt", "student.npz", "teacher.pt"]
+        "log.csv",
+        "metrics.json",
+        "prompt.pt",
+        "student.npz",
+        "teacher.pt",
+    ]
     assert metrics == json.loads((run.folder / "metrics.json").read_text())
     for split in ("validation", "test"):
-        assert set(metrics[split]) == {"mostpop", "teacher", "alone", "student", "teacher_tuned"}
+        assert set(metrics[split]) == {
+            "mostpop",
+            "teacher",
+            "alone",
+            "student",
+            "teacher_tuned",
+        }
     d_m = sum(x.shape[1] for x in tiny.features.values())
     assert metrics["parameters"] == {
         "student": {"trainable": 100 * 8, "buffers": 0},
-        "teacher": {"trainable": 100 * 8 + d_m * 8 + 2 * 8 + 8 * 8 + 8, "buffers": 40 * d_m}}
+        "teacher": {
+            "trainable": 100 * 8 + d_m * 8 + 2 * 8 + 8 * 8 + 8,
+            "buffers": 40 * d_m,
+        },
+    }
     rows = log(run)
-    assert {row["stage"] for row in rows} == {"teacher", "alone", "student"} == set(
-        metrics["seconds"])
-    columns = {name for row in rows if row["stage"] == "student" for name, v in row.items() if v}
-    assert columns >= {"bpr", "pair_kd", "list_kd", "embed_kd", "l2", "prompt_anchor", "loss"}
+    assert (
+        {row["stage"] for row in rows}
+        == {"teacher", "alone", "student"}
+        == set(metrics["seconds"])
+    )
+    columns = {
+        name for row in rows if row["stage"] == "student" for name, v in row.items() if v
+    }
+    assert columns >= {
+        "bpr",
+        "pair_kd",
+        "list_kd",
+        "embed_kd",
+        "l2",
+        "prompt_anchor",
+        "loss",
+    }
     teacher = Teacher(tiny, run.config)
     teacher.load_state_dict(torch.load(run.folder / "teacher.pt"))
     with torch.no_grad():
@@ -232,7 +344,9 @@ def test_run_folder(run, tiny):
 def test_student_alone_is_lightgcn_from_the_same_start(run):
     """`alone` in a full run and a student-only run are one and the same: Eq. 13, nothing else."""
     full = pipeline(run)
-    only = pipeline(another(run, "only", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0))
+    only = pipeline(
+        another(run, "only", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0)
+    )
     assert only["test"]["student"] == full["test"]["alone"] != full["test"]["student"]
     assert not (run.folder.parent / "only" / "teacher.pt").exists()
 
@@ -248,10 +362,17 @@ def test_warm_start_copies_the_teacher(run, monkeypatch):
     assert torch.allclose(user, expected[0], atol=1e-6)
     told = []
     true_terms = promptmm.student_terms
-    monkeypatch.setattr(promptmm, "student_terms", lambda s, c, encoded, *batch: told.append(
-        encoded.teacher_user.clone()) or true_terms(s, c, encoded, *batch))
+    monkeypatch.setattr(
+        promptmm,
+        "student_terms",
+        lambda s, c, encoded, *batch: (
+            told.append(encoded.teacher_user.clone()) or true_terms(s, c, encoded, *batch)
+        ),
+    )
     train_student(another(warm, "learning", lr_student=0.1), "student", teacher)
-    assert torch.equal(told[0], told[-1])  # what the student learns does not move its target
+    assert torch.equal(
+        told[0], told[-1]
+    )  # what the student learns does not move its target
     fresh = another(warm, "fresh", warm_start=False)
     torch.manual_seed(fresh.config.seed)
     expected = promptmm.Student(fresh.dataset.train, fresh.config)()
@@ -261,8 +382,9 @@ def test_warm_start_copies_the_teacher(run, monkeypatch):
 
 def test_training_beats_popularity(tmp_path):
     """On planted structure, teacher and student reach 1.3 times MostPop in a few epochs."""
-    dataset = data.synthetic(users=400, items=300, interactions=6000,
-                             dims={"visual": 64, "text": 48})
+    dataset = data.synthetic(
+        users=400, items=300, interactions=6000, dims={"visual": 64, "text": 48}
+    )
     config = Config(dim=16, batch=512, epochs=16, eval_every=4, negatives=4)
     found = pipeline(Run(tmp_path, dataset, config, torch.device("cpu"), {}))["test"]
     for model in ("teacher", "student"):
@@ -317,8 +439,7 @@ def test_a_run_interrupted_after_any_write_goes_on_to_the_same_result(run, monke
         again = dataclasses.replace(part, state=torch.load(state) if state.exists() else {})
         pipeline(again)
         assert figures(part.folder) == figures(run.folder), writes
-        logs = [[{**row, "seconds": 0} for row in log(r)]
-                for r in (run, again)]
+        logs = [[{**row, "seconds": 0} for row in log(r)] for r in (run, again)]
         assert logs[0] == logs[1]
         writes += 1
     assert writes > 20
@@ -327,15 +448,29 @@ def test_a_run_interrupted_after_any_write_goes_on_to_the_same_result(run, monke
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_killed_for_real_and_resumed(share, folder, tmp_path):
     """SIGKILL through the command line, partway through the log of an uninterrupted run."""
-    command = [sys.executable, str(ROOT / "promptmm.py"), "--data", str(folder), *SHORT,
-               "--epochs", "30", "--patience", "30"]
+    command = [
+        sys.executable,
+        str(ROOT / "promptmm.py"),
+        "--data",
+        str(folder),
+        *SHORT,
+        "--epochs",
+        "30",
+        "--patience",
+        "30",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, "--out", str(whole)], env=environment, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [*command, "--out", str(whole)], env=environment, check=True, capture_output=True
+    )
     lines = len((whole / "log.csv").read_text().splitlines())
-    process = subprocess.Popen([*command, "--out", str(killed)], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--out", str(killed)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = killed / "log.csv"
     while not log.exists() or len(log.read_text().splitlines()) < share * lines:
         assert process.poll() is None
@@ -343,6 +478,10 @@ def test_killed_for_real_and_resumed(share, folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "metrics.json").exists()
-    subprocess.run([*command, "--out", str(killed), "--resume"], env=environment, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [*command, "--out", str(killed), "--resume"],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
     assert figures(killed) == figures(whole)

@@ -1,0 +1,20 @@
+"""Table 4's comparison models: what are the others, under the same protocol?
+
+A model is a file and a line in MODELS. Its class has
+
+    Settings            promptmm.Config, or a frozen subclass; own fields are `of="model"`
+    SPACE               what the search may try, a value's name -> values
+    width               columns of `lists` that it asks for: 2, or 1 + negatives, or 1
+    __init__(dataset, config, device)
+    forward()           -> (user [U, e], item [I, e]), any e; ranked by inner products
+    terms(users, lists) -> {name: loss}; the objective is its sum, every term is logged
+    each_epoch()        optional: what is drawn or rebuilt anew each epoch
+
+and a docstring that says what differs from its paper. `common.train` trains any of them
+with the core's own loop; tests/test_registry.py holds each to the same contract.
+"""
+
+from baselines.lightgcn import LightGCN
+from baselines.mf_bpr import MFBPR
+
+MODELS = {"MF-BPR": MFBPR, "LightGCN": LightGCN}

@@ -1,0 +1,63 @@
+"""What the distillation methods share: teachers, what a method is, its training."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from promptmm import (
+    Encoded,
+    Losses,
+    Pair,
+    Run,
+    Student,
+    bpr_terms,
+    fit,
+    load_finished,
+    scores,
+)
+
+Teachers = dict[str, Pair]  # name -> (user [U, d_t], item [I, d_t]), no gradient, any width
+
+
+class Distiller(NamedTuple):
+    """A method, ready to train."""
+
+    # (student_user [U, d], student_item [I, d], logits [B, K], users [B], lists [B, K])
+    terms: Callable[..., Losses]
+    modules: dict[str, nn.Module]  # trained with the student, dropped at inference
+    width: int  # columns of `lists`
+
+
+def teachers_of(encoded: Encoded) -> Teachers:
+    """PromptMM's teacher as embeddings: "joint", and one for each modality."""
+    teachers = {"joint": (encoded.teacher_user, encoded.teacher_item)}
+    for m, user in encoded.user_modal.items():
+        teachers[m] = (user, encoded.item_modal[m])
+    return teachers
+
+
+def train(run: Run, method: Callable[..., Distiller], teachers: Teachers) -> Pair:
+    """The student under one method of METHODS: embeddings of the selected epoch.
+
+    Student, sampling, BPR, ‖Θ‖² and selection are the core's, so that methods differ by
+    their terms alone.
+    """
+    config = run.config
+    torch.manual_seed(config.seed)
+    student = Student(run.dataset.train, config, run.device)
+    distiller = method(run, student, teachers)
+    learner = nn.ModuleDict({"student": student, **distiller.modules})
+    groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
+
+    def terms(users: Tensor, lists: Tensor) -> Losses:
+        user, item = student()  # [U, d], [I, d]
+        logits = scores(user, item, users, lists)  # [B, K]
+        own = bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
+        return own | distiller.terms(user, item, logits, users, lists)
+
+    if not load_finished(run, "method", learner):
+        fit(run, "method", learner, groups, distiller.width, terms, student)
+    with torch.no_grad():
+        return student()
