@@ -614,11 +614,12 @@ def _begin(state: dict, stage: str, learner: nn.Module, optimiser) -> None:
 def _seeded(run: Run, stage: str) -> torch.Generator:
     """Seed an epoch by its number, so that a resumed run draws what it would have drawn.
 
-    Dropout draws from torch's own generator, sampling from the one returned.
+    Dropout draws from torch's own generator, sampling from the one returned: two streams.
     """
-    seed = 1_000_003 * run.config.seed + 2 * run.state["epoch"] + (stage == "teacher")
-    torch.manual_seed(seed)
-    return torch.Generator(run.device).manual_seed(seed)
+    numbers = run.config.seed, run.state["epoch"], stage == "teacher"
+    dropout, sampling = np.random.SeedSequence(numbers).generate_state(2).tolist()
+    torch.manual_seed(dropout)
+    return torch.Generator(run.device).manual_seed(sampling)
 
 
 def load_finished(run: Run, stage: str, learner: nn.Module) -> bool:

@@ -182,6 +182,26 @@ def test_each_epoch_and_extend(run):
         assert torch.equal(lists[:, 2], users % 7)
 
 
+def test_dropout_and_sampling_draw_from_two_streams(run):
+    """No seed is met twice over seeds, epochs, stages and streams; each is met again on resume."""
+    met = []
+    for seed in (0, 1, 2):
+        for epoch in range(1, 60):
+            for stage in ("teacher", "student"):
+                one = another_seed(run, seed, epoch)
+                generator = promptmm._seeded(one, stage)
+                met += [torch.initial_seed(), generator.initial_seed()]
+                assert (
+                    generator.initial_seed() == promptmm._seeded(one, stage).initial_seed()
+                )
+    assert len(set(met)) == len(met) == 3 * 59 * 2 * 2
+
+
+def another_seed(run: Run, seed: int, epoch: int) -> Run:
+    config = dataclasses.replace(run.config, seed=seed)
+    return dataclasses.replace(run, config=config, state={"epoch": epoch})
+
+
 @pytest.mark.parametrize(
     ("epoch", "stale", "least", "most"),
     [(4, 0, 12, 32), (4, 2, 4, 32), (19, 0, 2, 2), (20, 3, 0, 0)],
