@@ -188,7 +188,7 @@ PRESETS: dict[str, dict] = {
         "tune_prompt": False,
     },
 }
-# The same searches' best LightGCN: what PromptMM is compared with.
+# The same searches' best LightGCN: trained beside PromptMM, and by --student-only.
 LIGHTGCN: dict[str, dict] = {
     "synthetic": {"dim": 32, "patience": 10, "student_layers": 3, "l2": 0.01},
     "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
@@ -851,7 +851,8 @@ def _start(args: argparse.Namespace) -> Run:
     stored = data.read_json(folder / "config.json", *vars(Config())) if args.resume else {}
     source = args.data or stored.get("data")
     device = data.pick_device(args.device)
-    config = _chosen(PRESETS, args, stored, source)
+    config = _chosen(LIGHTGCN if args.student_only else PRESETS, args, stored, source)
+    lightgcn = _chosen(LIGHTGCN, args, stored.get("lightgcn", {}), source)
     modalities = args.modalities or stored.get("modalities", "")
     dataset = data.load(source, modalities=modalities) if source else data.synthetic()
     facts = {
@@ -860,14 +861,14 @@ def _start(args: argparse.Namespace) -> Run:
         "fingerprint": data.fingerprint(dataset),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        **vars(config),
     }
+    facts |= vars(config) | {"lightgcn": vars(lightgcn)}
     if args.resume:
         _same_run(folder, facts, stored)
     _prepare(folder, facts, keep=args.resume)
     file = folder / "state.pt"
     state = data.read_torch(file, device) if file.exists() else {}
-    return Run(folder, dataset, config, device, state)
+    return Run(folder, dataset, config, device, state, lightgcn)
 
 
 def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Config:

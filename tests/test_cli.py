@@ -66,6 +66,24 @@ def test_main_prints_the_ladder(here, capsys):
     assert json.loads((here / "quick/config.json").read_text())["epochs"] == 2
 
 
+def test_lightgcn_beside_is_the_tuned_one(here):
+    """Its own settings from the same search, flags on top; --student-only trains the same."""
+    assert main(["--quick", "--dim", "4", "--seed", "3", "--out", "whole"]) == 0
+    assert (
+        main(["--quick", "--dim", "4", "--seed", "3", "--student-only", "--out", "only"])
+        == 0
+    )
+    stored = json.loads((here / "whole/config.json").read_text())
+    quick = {"epochs": 2, "eval_every": 1, "dim": 4, "seed": 3}
+    assert promptmm.Config(**stored["lightgcn"]) == promptmm.Config(
+        **promptmm.LIGHTGCN["synthetic"] | quick
+    )
+    whole, only = (
+        json.loads((here / f"{n}/metrics.json").read_text()) for n in ("whole", "only")
+    )
+    assert whole["test"]["alone"] == only["test"]["student"]
+
+
 def test_progress_says_what_is_left(here, capsys):
     assert main([*SHORT, "--student-only"]) == 0
     [first, *_] = capsys.readouterr().err.splitlines()
