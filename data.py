@@ -210,9 +210,7 @@ class Sampler:
         self.user = user.to(device)  # [E]
         self.item = item.to(device)  # [E]
         self.start = start.to(device)  # [U + 1]
-        self.free = (self.items - start.diff()).to(
-            device
-        )  # items that may be negatives  [U]
+        self.free = (self.items - start.diff()).to(device)  # items left to draw  [U]
         self.gaps = (user * self.items + item - rank).to(device)  # ascending, users in turn
 
     def negatives(self, user: Tensor, generator: torch.Generator) -> Tensor:
@@ -251,14 +249,10 @@ def pca_tokens(x: Tensor, dim: int) -> Tensor:
     Eigenvectors are unique up to their sign: the largest entry of each is made positive
     (errata P10). Components below 1e-12 of the largest, and those beyond d_m, are zero.
     """
-    rows = x.split(4096)
-    covariance = sum(part.double().T @ part.double() for part in rows) / len(
-        x
-    )  # [d_m, d_m]
-    largest = [
-        max(0, x.shape[1] - dim),
-        x.shape[1] - 1,
-    ]  # of eigenvalues in ascending order
+    n_items, d_m = x.shape
+    chunks = (rows.double() for rows in x.split(4096))  # one at a time: all would be 2 x
+    covariance = sum(rows.T @ rows for rows in chunks) / n_items  # [d_m, d_m]
+    largest = [max(0, d_m - dim), d_m - 1]  # of the eigenvalues, which ascend
     values, vectors = linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
     values, vectors = values[::-1], vectors[:, ::-1]  # [min(d, d_m)], [d_m, min(d, d_m)]
     peak = np.abs(vectors).argmax(0)[None]

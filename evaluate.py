@@ -88,9 +88,7 @@ def metrics(
     """Metrics per user [n] from bool hits by rank [n, longest] and target counts [n]."""
     longest = hits.shape[1]
     discount = 1 / np.log2(np.arange(2, longest + 2))  # [longest]
-    ideal = np.concatenate(
-        [[0.0], discount.cumsum()]
-    )  # ideal[h]: the gain of h hits on top
+    ideal = np.concatenate([[0.0], discount.cumsum()])  # of h hits on top  [longest + 1]
     found = hits.cumsum(1)  # [n, longest]
     gain = (hits * discount).cumsum(1)  # [n, longest]
     values = {}

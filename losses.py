@@ -142,12 +142,10 @@ def embed_kd(student_item: Tensor, modal_item: Tensor, gamma: float = 2.0) -> Te
     student_norm = student_item.norm(dim=-1)  # [I]
     modal_norm = modal_item.norm(dim=-1)  # [I]
     directed = (student_norm >= 1e-6) & (modal_norm >= 1e-6)  # [I]
-    # The quotient must be safe on *both* branches of `where`, or its backward pass makes
-    # NaN.
+    # The quotient must be safe on *both* branches of `where`, or backward makes NaN.
     product = torch.where(directed, student_norm * modal_norm, 1.0)  # [I]
-    cosine = torch.where(
-        directed, (student_item * modal_item).sum(-1) / product, 0.0
-    )  # [I]
+    dot = (student_item * modal_item).sum(-1)  # [I]
+    cosine = torch.where(directed, dot / product, 0.0)  # [I]
     error = (1 - cosine).clamp(min=0)  # float32 cosines can exceed 1
     return error.pow(gamma).mean()
 

@@ -59,9 +59,7 @@ from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 Device = torch.device | str
 Pair = tuple[Tensor, Tensor]  # of users [U, d] and of items [I, d]
 Losses = dict[str, Tensor]  # a term's name and its value []
-Terms = Callable[
-    [Tensor, Tensor], Losses
-]  # (users [B], lists [B, K]) -> the objective's terms
+Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
 
 # ------------------------------------------------------------ settings
 
@@ -195,15 +193,8 @@ LIGHTGCN: dict[str, dict] = {
     "citeulike": {"eval_every": 4, "patience": 10},
 }
 NO_TEACHER = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # LightGCN
-RUN_FILES = (
-    "config.json",
-    "log.csv",
-    "teacher.pt",
-    "prompt.pt",
-    "student.npz",
-    "metrics.json",
-)
-WORKING_FILES = ("state.pt", "alone.pt", "student.pt")  # only while a run lasts
+RUN_FILES = "config.json log.csv teacher.pt prompt.pt student.npz metrics.json".split()
+WORKING_FILES = "state.pt alone.pt student.pt".split()  # only while a run lasts
 
 # ------------------------------------------------------------ graph
 
@@ -253,10 +244,7 @@ def lightgcn(graph: Graph, user: Tensor, item: Tensor, layers: int) -> Pair:
     """E^(l+1) = Â E^(l), E = mean over l = 0…L (errata C16, C17) -> [U, d], [I, d]."""
     total_user, total_item = user, item  # [U, d], [I, d]
     for _ in range(layers):
-        user, item = (
-            graph.to_users(item),
-            graph.to_items(user),
-        )  # each reads the other's *old*
+        user, item = graph.to_users(item), graph.to_items(user)  # [U, d], [I, d]
         total_user = total_user + user
         total_item = total_item + item
     return total_user / (layers + 1), total_item / (layers + 1)
@@ -321,17 +309,13 @@ class Teacher(nn.Module):
             m: data.standardise(torch.from_numpy(x).to(device, torch.float32))
             for m, x in dataset.features.items()
         }
-        eta = [
-            data.pca_tokens(x, config.dim) for x in self.features.values()
-        ]  # η(x^m) [I, d]
+        eta = [data.pca_tokens(x, config.dim) for x in self.features.values()]  # [I, d]
         if config.tokens == "concat":
-            self.tokens = torch.cat(eta, dim=1)  # [I, |M| d]
+            self.tokens = torch.cat(eta, dim=1)  # η(x^m) side by side  [I, |M| d]
         else:
             self.tokens = torch.stack(eta).mean(0)  # Eq. 3 (errata P10)  [I, d]
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]  [I, width + 1]
-        self.gram = {
-            m: lifted.T @ x for m, x in self.features.items()
-        }  # G [width + 1, d_m]
+        self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G of `reduce`
         self.graph = Graph(dataset.train, device)
         self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
         n_users, n_items = dataset.train.shape
@@ -366,9 +350,8 @@ class Teacher(nn.Module):
         """
         f = layer.xw + layer.bias  # [I, d]
         if self.config.lambda_prompt:
-            theta = torch.cat(
-                [self.prompt.weight.T, self.prompt.bias[None]]
-            )  # [width + 1, d]
+            weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
+            theta = torch.cat([weight.T, bias[None]])  # Θ [width + 1, d]
             shift = prompt @ (theta.T @ layer.gw)  # |I| p^m W  [I, d]
             f = f + self.config.lambda_prompt / len(prompt) * shift
         return drop(f, self.config.dropout) if self.training else f
@@ -395,9 +378,7 @@ class Teacher(nn.Module):
         reduced = {}
         for m, layer in fixed.layers.items():
             reduced[m] = self.reduce(m, layer, prompt)  # f^m [I, d]
-            user_modal[m] = self.graph.to_users(
-                reduced[m]
-            )  # F_u^m = Â_ui f^m (P12)  [U, d]
+            user_modal[m] = self.graph.to_users(reduced[m])  # F_u^m [U, d] (errata P12)
             item_modal[m] = self.modal_items(reduced[m], user_modal[m])  # F_i^m [I, d]
             teacher_user = teacher_user + c * F.normalize(user_modal[m], dim=1)
             teacher_item = teacher_item + c * F.normalize(item_modal[m], dim=1)
@@ -424,8 +405,7 @@ class Student(nn.Module):
         dim = config.dim_student or config.dim
         self.user = table(n_users, dim)
         self.item = table(n_items, dim)
-        # Another width than the teacher's: a map on the student's side for Eq. 11 (errata
-        # P7).
+        # Of another width than the teacher: a map on the student's side (errata P7).
         self.project = nn.Identity() if dim == config.dim else Linear(dim, config.dim)
         self.to(device)
 
@@ -497,9 +477,7 @@ def student_terms(
     anchored = prompt_is_tuned and config.weight_anchor > 0
     if config.lambda_pair or anchored:
         pair = lists[:, :2]  # i+ and the first i-  [B, 2]
-        taught = scores(
-            encoded.teacher_user, encoded.teacher_item, users, pair
-        )  # y^T [B, 2]
+        taught = scores(encoded.teacher_user, encoded.teacher_item, users, pair)  # [B, 2]
     if config.lambda_pair:
         loss = pair_kd(margin(logits), margin(taught), tau)
         terms["pair_kd"] = config.lambda_pair * loss
@@ -706,10 +684,8 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
     encode = stage_two(teacher, config) if teacher else None
     torch.manual_seed(config.seed)
     student = Student(run.dataset.train, config, run.device)
-    if (
-        encode and config.warm_start
-    ):  # copies: never the teacher's own storage (errata C7, C24)
-        start = encode()
+    if encode and config.warm_start:
+        start = encode()  # copied: never the teacher's own storage (errata C7, C24)
         student.user.data.copy_(start.teacher_user)
         student.item.data.copy_(start.teacher_item)
     learner = nn.ModuleDict({"student": student})
@@ -737,9 +713,8 @@ def pipeline(run: Run) -> dict:
         teacher = train_teacher(run)
         ranked["teacher"] = _embed(teacher)
         if config.alone:
-            ranked["alone"] = train_student(
-                replace(run, config=run.lightgcn or config), "alone"
-            )
+            beside = replace(run, config=run.lightgcn or config)
+            ranked["alone"] = train_student(beside, "alone")
     ranked["student"] = train_student(run, "student", teacher)
     _save_student(run, *ranked["student"])
     if teacher and teacher.prompt.weight.requires_grad:
@@ -825,11 +800,7 @@ def _parser() -> Parser:
         ("device", "auto", "auto, cpu, cuda or cuda:N (default: auto)"),
     ):
         parser.add_argument(f"--{flag}", default=default, help=meaning)
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="settings that a search found (embedded: synthetic)",
-    )
+    parser.add_argument("--preset", choices=PRESETS, help="what a search found, by dataset")
     for flag, meaning in (
         ("student-only", "no teacher: LightGCN"),
         ("force", "replace a run"),
@@ -879,9 +850,8 @@ def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Co
     merged: dict = {}
     for given in (presets.get(name, {}), stored, quick, flags):
         merged |= given
-    return Config(
-        **{one.name: merged[one.name] for one in fields(Config) if one.name in merged}
-    )
+    names = {one.name for one in fields(Config)}
+    return Config(**{name: value for name, value in merged.items() if name in names})
 
 
 def _same_run(folder: Path, facts: dict, stored: dict) -> None:
@@ -896,9 +866,9 @@ def _same_run(folder: Path, facts: dict, stored: dict) -> None:
 
 def _prepare(folder: Path, facts: dict, keep: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if not keep:
-        for name in (*RUN_FILES, *WORKING_FILES):
-            (folder / name).unlink(missing_ok=True)
+    stale = [folder / name for name in RUN_FILES + WORKING_FILES]
+    for file in [*folder.glob("*.tmp"), *([] if keep else stale)]:  # a killed run's drafts
+        file.unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(facts, indent=1))
 
 
@@ -913,30 +883,24 @@ def main(argv: list[str] | None = None) -> int:
         # Deterministic mode would fill each `empty` first.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
         done = run.folder / "metrics.json"
-        metrics = (
-            data.read_json(done, "test", "parameters") if done.exists() else pipeline(run)
-        )
+        if not done.exists():
+            pipeline(run)
+        metrics = data.read_json(done, "test", "parameters", "exclude")
         print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
     except (DataError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; --resume goes on after the last finished epoch", file=sys.stderr
-        )
+        print("interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
         return 130
     return 0
 
 
 def _recommend(argv: list[str]) -> int:
-    parser = Parser(
-        prog="promptmm.py recommend", description="A user's list, from student.npz."
-    )
+    parser = Parser(prog="promptmm.py recommend", description="A list, from student.npz.")
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--user", required=True, help="user index; with --ids, your own id")
-    parser.add_argument(
-        "--k", type=int, default=10, help="length of the list (default: 10)"
-    )
+    parser.add_argument("--k", type=int, default=10, help="the list's length (default: 10)")
     parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: your ids")
     args = parser.parse_args(argv)
     file = args.run / "student.npz"
@@ -1003,16 +967,15 @@ class Scores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         user, item, users, lists = ctx.saved_tensors
-        # A user's gradient: its list's items, weighted.  [B, d]
-        to_users = F.embedding_bag(
+        by_row = F.embedding_bag(  # a user's list, weighted and summed  [B, d]
             lists, item.detach(), mode="sum", per_sample_weights=gradient
         )
-        to_lists = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
-        by_user = torch.zeros_like(user).index_add_(0, users, to_users)  # [U, d]
-        by_item = torch.zeros_like(item).index_add_(
-            0, lists.flatten(), to_lists.flatten(0, 1)
-        )
-        return by_user, by_item, None, None
+        by_cell = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
+        of_user = torch.zeros_like(user)  # [U, d]
+        of_item = torch.zeros_like(item)  # [I, d]
+        of_user.index_add_(0, users, by_row)
+        of_item.index_add_(0, lists.flatten(), by_cell.flatten(0, 1))
+        return of_user, of_item, None, None
 
 
 if __name__ == "__main__":
