@@ -16,4 +16,4 @@ print(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy
       f"scipy {scipy.__version__}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}")
 PYTHON
 
-python experiments.py all "$@"
+python -m experiments all "$@"

@@ -13,7 +13,18 @@ settings.load_profile("suite")
 torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
 
 TINY = {"users": 60, "items": 40, "interactions": 900, "dims": {"visual": 24, "text": 12}}
-SHORT = ["--epochs", "4", "--eval-every", "1", "--dim", "8", "--batch", "128", "--negatives", "3"]
+SHORT = [
+    "--epochs",
+    "4",
+    "--eval-every",
+    "1",
+    "--dim",
+    "8",
+    "--batch",
+    "128",
+    "--negatives",
+    "3",
+]
 
 
 @pytest.fixture
@@ -23,7 +34,9 @@ def tiny() -> data.Dataset:
 
 @pytest.fixture
 def config() -> promptmm.Config:
-    return promptmm.Config(dim=8, batch=128, negatives=3, epochs=3, eval_every=1, dropout=0.3)
+    return promptmm.Config(
+        dim=8, batch=128, negatives=3, epochs=3, eval_every=1, dropout=0.3
+    )
 
 
 @pytest.fixture

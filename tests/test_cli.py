@@ -67,7 +67,7 @@ def test_main_prints_the_ladder(here, capsys):
 
 
 def test_lightgcn_beside_is_the_tuned_one(here):
-    """Its own settings from the same search, flags on top; --student-only trains the same."""
+    """Settings of the same search, flags on top; --student-only trains the same."""
     assert main(["--quick", "--dim", "4", "--seed", "3", "--out", "whole"]) == 0
     assert (
         main(["--quick", "--dim", "4", "--seed", "3", "--student-only", "--out", "only"])

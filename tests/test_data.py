@@ -148,7 +148,7 @@ def test_features_become_float32(dtype, folder):
     assert np.array_equal(data.load(folder).features["visual"], x.astype("f4"))
 
 
-# ------------------------------------------------------------------ refusals: one line, exit 2
+# ------------------------------------------------------------ refusals: one line, exit 2
 
 
 def break_features(x):
@@ -386,7 +386,7 @@ def test_warnings_are_kept(tiny, tmp_path, capsys):
         assert any(words in line for line in warnings), words
 
 
-# ------------------------------------------------------------------ describing, converting
+# ------------------------------------------------------------ describing, converting
 
 
 def test_describe_counts(tiny):
@@ -511,7 +511,7 @@ def test_split_is_8_1_1_per_user(rows, seed):
         assert mine[1] == mine[2] == expected
 
 
-# ------------------------------------------------------------------ the embedded dataset
+# ------------------------------------------------------------ the embedded dataset
 
 
 def test_synthetic_is_deterministic_and_valid():
@@ -526,7 +526,7 @@ def test_synthetic_is_deterministic_and_valid():
 
 
 def test_synthetic_plants_what_it_says():
-    """Features of rank 30 that predict taste, save the noisy modality; skew; unseen items."""
+    """Features of rank 30 predict taste, save the noisy modality; skew; unseen items."""
     full = data.synthetic()
     popularity = np.sort(full.train.sum(0).A1)[::-1]
     assert popularity[:100].sum() > 0.25 * popularity.sum()
@@ -542,7 +542,7 @@ def test_synthetic_plants_what_it_says():
     assert explained["acoustic"] < 0.6
 
 
-# ------------------------------------------------------------------ sampling
+# ------------------------------------------------------------ sampling
 
 
 def test_an_epoch_visits_every_edge_once(tiny):
@@ -572,7 +572,7 @@ def test_no_training_positive_among_the_negatives(seed, n_items, density):
 
 @pytest.mark.parametrize("owned", [[0], [9], [2, 3, 4, 8], [0, 1, 2, 3, 5, 6, 7, 8, 9]])
 def test_negatives_are_uniform(owned):
-    """Chi-square over the items that are free, on a fixed seed; unsorted columns are no matter."""
+    """Chi-square over the items that are free, on a fixed seed; columns may be unsorted."""
     train = sparse.csr_matrix(
         (np.ones(len(owned)), owned[::-1], [0, 0, len(owned)]), (2, 10)
     )

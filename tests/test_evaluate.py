@@ -60,7 +60,7 @@ def problems(draw):
 
 @given(problems())
 def test_metrics_match_the_oracle(problem):
-    """Ties, users with fewer candidates than K, and K beyond the number of items included."""
+    """With ties, users with fewer candidates than K, and K beyond the items."""
     user, item, target, exclude = problem
     found = evaluate(
         torch.from_numpy(user),
@@ -75,7 +75,7 @@ def test_metrics_match_the_oracle(problem):
 
 
 def test_ideal_counts_targets_not_hits():
-    """Errata C6: one of two targets found, at the top. The released code calls that perfect."""
+    """Errata C6: one of two targets found, at the top. The released code: perfect."""
     user, item = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [1.0], [0.0]])
     target, nothing = sparse.csr_matrix([[1, 0, 0, 1]]), sparse.csr_matrix((1, 4))
     found = evaluate(user, item, target, nothing, ks=(2,))
@@ -152,7 +152,7 @@ def test_paired_test_sees_a_difference_and_none():
 
 
 def test_paired_test_is_calibrated():
-    """Under no difference, p < .05 in about one case of twenty; and seeds are averaged first."""
+    """Without a difference, p < .05 in one case of twenty; seeds are averaged first."""
     rng = np.random.default_rng(1)
     pairs = rng.standard_normal((200, 2, 100))
     p = [paired_test(a, b, draws=400)["p_bootstrap"] for a, b in pairs]

@@ -74,7 +74,7 @@ def test_kl_matches_plain_python(pair, temperature):
 
 @given(matrices(logit), temperatures, st.floats(0, 5), st.floats(0, 10))
 def test_list_kd_matches_plain_python(pair, temperature, alpha, beta):
-    """b is the positive against the *log-sum-exp* of the negatives; q the negatives alone."""
+    """b: the positive against the *log-sum-exp* of the negatives; q: these alone."""
     student, teacher = tensors(pair)
     rows = []
     for t, s in zip(teacher.tolist(), student.tolist(), strict=True):

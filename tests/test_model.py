@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import replaced
+from conftest import TINY, replaced
 from hypothesis import given, strategies as st
 from scipy import sparse
 from torch.autograd import gradcheck
@@ -25,6 +25,8 @@ from promptmm import (
     student_terms,
     teacher_terms,
 )
+
+TINY_DATA = data.synthetic(**TINY)
 
 
 def dense_adjacency(train):
@@ -63,7 +65,7 @@ def test_users_read_items_and_items_read_users():
 
 @given(graphs(), st.integers(0, 4))
 def test_lightgcn_matches_dense_powers(train, layers):
-    """The mean over layers; isolated nodes keep E^0 / (L + 1), and nothing is NaN (errata C17)."""
+    """The mean over layers; isolated nodes keep E^0 / (L + 1), no NaN (errata C17)."""
     n_users = len(train)
     x = torch.randn(sum(train.shape), 3, generator=torch.Generator().manual_seed(0))
     whole = torch.from_numpy(dense_adjacency(train)).float()
@@ -128,12 +130,12 @@ def test_propagation_gradient():
     assert gradcheck(lambda u, i: lightgcn(graph, u, i, 2), (user, item))
 
 
-# ------------------------------------------------------------------ prompt
+# ------------------------------------------------------------ prompt
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 def test_tokens_are_whitened_components_with_fixed_signs(width, dim, seed):
-    """Against a singular value decomposition; the largest entry of each direction is positive."""
+    """Against a singular value decomposition, the largest entry of each positive."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((30, width)) * np.arange(1, width + 1)
     x -= x.mean(0)
@@ -198,7 +200,7 @@ def test_fast_reduction_is_the_direct_one(tokens, tiny, config):
 
 
 def test_the_prompt_product_never_needs_an_item_by_item_matrix(tiny, config):
-    """(ppᵀ)x as printed, p(pᵀx) as computed (errata P9): what the teacher adds is its product."""
+    """(ppᵀ)x as printed, p(pᵀx) as computed (errata P9): the teacher adds the same."""
     teacher = Teacher(tiny, dataclasses.replace(config, lambda_prompt=1.0)).eval()
     without = Teacher(tiny, dataclasses.replace(config, lambda_prompt=0.0)).eval()
     without.load_state_dict(teacher.state_dict())
@@ -208,6 +210,29 @@ def test_the_prompt_product_never_needs_an_item_by_item_matrix(tiny, config):
         added = teacher().reduced[m] - without().reduced[m]
         assert torch.allclose(added, printed @ layer.weight.T, atol=1e-5)
         assert added.abs().max() > 1e-3
+
+
+@given(st.integers(0, 10**6), st.floats(0, 50))
+def test_with_one_modality_the_prompt_is_a_change_of_w(seed, weight):
+    """(x + λ₁ p^m) W + b = x W' + b' for any Θ and any λ₁, so it adds nothing that W lacks.
+
+    Tokens are T = X B of centred X, so with Θ = [Θ_W; b_P] and C = XᵀX / |I|
+    W' = W + λ₁ B Θ_W Θ_Wᵀ Bᵀ C W and b' = b + λ₁ b_Pᵀ Θ_Wᵀ Bᵀ C W.
+    """
+    dataset = replaced(TINY_DATA, features={"visual": TINY_DATA.features["visual"]})
+    torch.manual_seed(seed)
+    teacher = Teacher(dataset, Config(dim=8, lambda_prompt=weight)).eval()
+    with torch.no_grad():
+        teacher.prompt.bias.normal_()
+    x = teacher.features["visual"].double()  # [I, d_m]
+    basis = torch.linalg.lstsq(x, teacher.tokens.double()).solution  # B [d_m, d]
+    theta, shift = (part.detach().double() for part in teacher.prompt.parameters())
+    w, b = (part.detach().double() for part in teacher.reduction[0].parameters())
+    content = theta @ basis.T @ (x.T @ x / len(x)) @ w.T  # Θ_Wᵀ Bᵀ C W  [d, d]
+    w_new = w.T + weight * basis @ theta.T @ content
+    b_new = b + weight * shift @ content
+    prompted = teacher().reduced["visual"].double()
+    assert (prompted - (x @ w_new + b_new)).norm() <= 1e-4 * prompted.norm()
 
 
 def test_a_margin_is_the_positives_lead():
@@ -223,12 +248,12 @@ def test_prompt_module_is_one_linear_layer():
     assert sum(p.numel() for p in module.parameters()) == 5 * 3 + 3
 
 
-# ------------------------------------------------------------------ teacher and student
+# ------------------------------------------------------------ teacher and student
 
 
 @pytest.mark.parametrize("target", ["propagated", "mean", "reduced"])
 def test_teacher_matches_dense_algebra(target, tiny, config):
-    """Eq. 1 with dense matrices: F_u = Â_ui f, F_i = Â_iu F_u, E^T = LightGCN + c Σ unit rows."""
+    """Eq. 1, dense: F_u = Â_ui f, F_i = Â_iu F_u, E^T = LightGCN + c Σ unit rows."""
     config = dataclasses.replace(config, modal_target=target, fusion=0.7)
     teacher = Teacher(tiny, config).eval()
     with torch.no_grad():
@@ -300,14 +325,14 @@ def test_student_parameter_counts_of_tables_8_and_9(users, items, dim, printed):
 
 
 def test_teacher_parameter_count(tiny, config):
-    """Tables, one d_m x d reduction a modality, and the prompt; features are no parameters."""
+    """Tables, a d_m x d reduction a modality, the prompt; features are no parameters."""
     teacher = Teacher(tiny, config)
     expected = (60 + 40) * 8 + (24 * 8 + 8) + (12 * 8 + 8) + (8 * 8 + 8)
     assert sum(p.numel() for p in teacher.parameters()) == expected
     assert set(teacher.state_dict()) == {name for name, _ in teacher.named_parameters()}
 
 
-# ------------------------------------------------------------------ objectives
+# ------------------------------------------------------------ objectives
 
 
 TERMS = {"pair_kd": "lambda_pair", "list_kd": "lambda_list", "embed_kd": "lambda_embed"}

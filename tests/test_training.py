@@ -65,7 +65,7 @@ def test_the_student_may_take_its_own_l2(run):
 
 
 def test_the_student_may_take_other_batches(run, monkeypatch):
-    """batch_student: of the distilled student and of the one alone; the teacher keeps its own."""
+    """batch_student: of the student, distilled or alone; the teacher keeps its own."""
     sizes = {"teacher_terms": [], "student_terms": []}
     for name, found in sizes.items():
 
@@ -147,7 +147,7 @@ def fit_two(run, terms, module=None):
 
 
 def test_each_epoch_and_extend(run):
-    """The hook comes once an epoch, seeded; the lists that the terms see are the extended ones."""
+    """The hook comes once an epoch, seeded; the terms see the extended lists."""
     drawn, seen = [], []
     module = Two()
 
@@ -183,7 +183,7 @@ def test_each_epoch_and_extend(run):
 
 
 def test_dropout_and_sampling_draw_from_two_streams(run):
-    """No seed is met twice over seeds, epochs, stages and streams; each is met again on resume."""
+    """No seed is met twice over seeds, epochs, stages, streams; each again on resume."""
     met = []
     for seed in (0, 1, 2):
         for epoch in range(1, 60):
@@ -254,7 +254,7 @@ def fake_evaluations(monkeypatch, recalls):
 
 
 def test_patience_and_the_selected_epoch(run, monkeypatch):
-    """Best at the third evaluation, then two without a better one; its weights come back."""
+    """Best at the third evaluation, then two that are not; its weights come back."""
     run = another(run, "other", epochs=50, eval_every=2, patience=2)
     asked = fake_evaluations(monkeypatch, [0.1, 0.2, 0.4, 0.4, 0.3])
     seen = []
@@ -289,7 +289,7 @@ def test_nothing_is_selected_on_the_test_split(run):
 
 @pytest.mark.parametrize("mask", ["all", "train"])
 def test_what_is_unranked_at_test(mask, run, tiny):
-    """Train and validation, or train alone as is the family's habit; the output says which."""
+    """Train and validation, or train alone; the output says which."""
     run = another(run, "other", mask=mask)
     metrics = pipeline(run)
     with np.load(run.folder / "student.npz") as saved:
@@ -362,7 +362,7 @@ def test_run_folder(run, tiny):
 
 
 def test_student_alone_is_lightgcn_from_the_same_start(run):
-    """`alone` in a full run and a student-only run are one and the same: Eq. 13, nothing else."""
+    """`alone` in a full run and a student-only run are one: Eq. 13, nothing else."""
     full = pipeline(run)
     only = pipeline(
         another(run, "only", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0)
@@ -411,7 +411,7 @@ def test_training_beats_popularity(tmp_path):
         assert found[model]["recall@20"] > 1.3 * found["mostpop"]["recall@20"], model
 
 
-# ------------------------------------------------------------------ the same again, and going on
+# ------------------------------------------------------------ the same again, and going on
 
 
 def figures(folder: Path) -> dict:

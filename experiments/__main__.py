@@ -1,0 +1,193 @@
+"""The paper's tables and figures, from one command, on the embedded data or on yours.
+
+    python -m experiments all [--quick]             everything, on the embedded data
+    python -m experiments all --data DIR            Tables 3-7 and Figure 5
+    python -m experiments table4 --data DIR --seeds 5
+    python -m experiments tune --data DIR           the search that the presets come from
+    python -m experiments errata | bench | readme   readme: figures into the pages
+
+Every model is trained by the functions that `promptmm.py` uses, once for each setting and
+seed: runs/experiments/ keeps what was trained, by data, settings and code, so that the
+tables share it and an interrupted command goes on where it stopped. After a change of the
+core's code it is trained anew; `--keep` takes what older code has trained.
+"""
+
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import getsourcefile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+import experiments.lab
+from data import DataError, Parser, need, write
+from experiments import bench
+from experiments.ablation import figure3, options, table5
+from experiments.comparison import first_run, popularity, table3, table4
+from experiments.convergence import figure5
+from experiments.cost import table6
+from experiments.errata import errata
+from experiments.incremental import table7
+from experiments.lab import Lab, bare, digest, names, settings
+from experiments.printed import counts, figure2, table8, table9
+from experiments.publish import Output, fill_pages, publish
+from experiments.sensitivity import figure4
+from experiments.tune import tune
+
+
+class Part(NamedTuple):
+    """A table or figure: what makes it, for how many seeds, and on which data in `all`."""
+
+    name: str
+    function: Callable[..., Output]
+    seeds: int  # 0: it has none
+    where: str  # any: on real data too; embedded: only there; paper: it depends on no data
+
+
+EVERY = (
+    Part("first_run", first_run, 0, "embedded"),
+    Part("table3", table3, 0, "any"),
+    Part("table4", table4, 5, "any"),
+    Part("table5", table5, 3, "any"),
+    Part("options", options, 3, "embedded"),
+    Part("popularity", popularity, 3, "any"),
+    Part("table6", table6, 0, "any"),
+    Part("table7", table7, 3, "any"),
+    Part("figure3", figure3, 0, "embedded"),
+    Part("figure4", figure4, 1, "embedded"),
+    Part("figure5", figure5, 3, "any"),
+    Part("counts", counts, 0, "paper"),
+    Part("table8", table8, 0, "paper"),
+    Part("table9", table9, 0, "paper"),
+    Part("figure2", figure2, 0, "paper"),
+    Part("errata", errata, 0, "paper"),
+)
+PARTS = {part.name: part for part in EVERY}
+TUNE = Part("tune", tune, 0, "any")
+
+
+def perform(lab: Lab, part: Part, force: bool, **more) -> None:
+    """Run one part and publish it; a part that was finished here is left as it is."""
+    lab = replace(lab, used=set())
+    stamp = lab.cache / f"{part.name}-{state_of(lab, part, more)}.done"
+    if stamp.exists() and Path(stamp.read_text()).exists() and not force:
+        print(
+            f"{part.name}: finished before, {stamp.read_text()}; --force publishes it again"
+        )
+        return
+    seeds = lab.count(part.seeds) if part.seeds else 1
+    began = time.perf_counter()
+    output = run_part(lab, part, seeds, more)
+    seconds = time.perf_counter() - began
+    flags = [f"--{option} {value}" for option, value in more.items()]
+    if lab.seeds and part.seeds:
+        flags.append(f"--seeds {lab.seeds}")
+    folder = lab.out / ("paper" if part.where == "paper" else lab.dataset.name)
+    where = publish(lab, folder, part.name, output, seconds, seeds, flags)
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    write(stamp, str(where))
+
+
+def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
+    if part.where == "paper":
+        return part.function()
+    return part.function(lab, seeds) if part.seeds else part.function(lab, **more)
+
+
+def state_of(lab: Lab, part: Part, more: dict) -> str:
+    """What a finished part depends on: the models by name, its own code, what was asked."""
+    models = []
+    if part is not TUNE:  # whose outcome the models' settings are
+        models = [lab.folder(model, settings(lab, model)).name for model in names()[1:]]
+    code = bare(Path(getsourcefile(part.function)).read_text())
+    return digest([models, code, lab.seeds, lab.quick, str(lab.out), more])
+
+
+# ------------------------------------------------------------ command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is asked for; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["bench"]:
+            return bench.main(argv[1:])
+        args = parse(argv)
+        if args.part == "readme":
+            fill_pages()
+        else:
+            run(args)
+    except (DataError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command without --force goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser(prog="experiments", description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=(*PARTS, "all", "tune", "bench", "readme"))
+    parser.add_argument(
+        "--data", default="", help="dataset folder (default: the embedded data)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="runs a model (default: the part's)"
+    )
+    parser.add_argument(
+        "--tries", type=int, default=16, help="of tune, a model (default: 16)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--out", type=Path, help="(default: results; with --quick: runs/quick)"
+    )
+    for flag, meaning in (
+        ("quick", "two epochs a stage: a smoke test"),
+        ("keep", "take models that older code has trained"),
+        ("force", "publish again; all: train again too"),
+    ):
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    args = parser.parse_args(argv)
+    need(
+        args.seeds >= 0 and 1 < args.tries <= 24,
+        f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
+    )
+    return args
+
+
+def run(args: Namespace) -> None:
+    lab = laboratory(args)
+    if args.part == "tune":
+        perform(lab, TUNE, args.force, tries=4 if args.quick else args.tries)
+        return
+    if args.part != "all":
+        perform(lab, PARTS[args.part], args.force)
+        return
+    if args.force and lab.home.exists():
+        shutil.rmtree(lab.home)
+    for part in EVERY:
+        if part.where == "any" or not args.data:
+            perform(lab, part, args.force)
+
+
+def laboratory(args: Namespace) -> Lab:
+    """The data and the device, checked before anything is trained."""
+    device = data.pick_device(args.device)
+    dataset = data.load(args.data) if args.data else data.synthetic()
+    out = args.out or experiments.lab.ROOT / ("runs/quick" if args.quick else "results")
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # it would fill each `empty`
+    )
+    return Lab(dataset, args.data, device, args.seeds, args.quick, out, args.keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

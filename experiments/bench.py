@@ -1,0 +1,437 @@
+"""What is claimed to be fast, beside the usual way of doing it, in one run on this machine.
+
+    python -m experiments bench [--threads N] [--data DIR]
+
+Every row is a median of repeated calls. Table 6's rows are measured in cost.py.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+import data
+from data import DataError, Dataset, Sampler
+from evaluate import evaluate
+from experiments.cost import median, peak
+from experiments.lab import child, module
+from promptmm import (
+    Config,
+    Graph,
+    Layer,
+    Product,
+    Student,
+    Teacher,
+    adjacency,
+    drop,
+    lightgcn,
+    scores,
+    stage_two,
+    student_terms,
+    teacher_terms,
+    train_epoch,
+)
+
+GENERATED = {  # CiteULike's size
+    "users": 4444,
+    "items": 12_668,
+    "interactions": 102_020,
+    "dims": {"text": 768, "tags": 512},
+}
+WIDE = {  # where the direct form of Eq. 4 hurts
+    "users": 20_000,
+    "items": 20_000,
+    "interactions": 200_000,
+    "dims": {"visual": 4096, "text": 1024},
+}
+GROWN = {"users": 4000, "items": 4000, "interactions": 100_000, "width": 256}
+FACTORS = (1, 2, 4)
+FROZEN, TUNED = "student, prompt frozen", "student, prompt tuned"
+COPIED = 2**27  # floats, 512 MiB: far more than any cache holds
+
+# ------------------------------------------------------------ the usual ways
+
+
+def coo_lightgcn(matrix: Tensor, x: Tensor, layers: int) -> Tensor:
+    """LightGCN as it is mostly written: torch.sparse.mm on COO, autograd's backward."""
+    total = x
+    for _ in range(layers):
+        x = torch.sparse.mm(matrix, x)
+        total = total + x
+    return total / (layers + 1)
+
+
+def plain_scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
+    """Logits [B, K] by indexing, autograd's backward pass."""
+    return (user[users][:, None] * item[lists]).sum(-1)
+
+
+def loop_sampler(train: sparse.csr_matrix) -> list[tuple[int, int, int]]:
+    """One negative an edge, drawn again while it is a positive: the released code's way."""
+    positives = [set(train[u].indices.tolist()) for u in range(train.shape[0])]
+    triplets = []
+    for u, i in zip(*train.nonzero(), strict=True):
+        negative = np.random.randint(train.shape[1])
+        while negative in positives[u]:
+            negative = np.random.randint(train.shape[1])
+        triplets.append((u, i, negative))
+    return triplets
+
+
+def loop_evaluate(
+    user: np.ndarray, item: np.ndarray, target, exclude, k: int = 50
+) -> float:
+    """Recall by a loop over users, each with a full stable argsort."""
+    recalls = []
+    for u in np.flatnonzero(np.diff(target.indptr)):
+        values = item @ user[u]  # [I]
+        values[exclude.indices[exclude.indptr[u] : exclude.indptr[u + 1]]] = -np.inf
+        best = np.argsort(-values, kind="stable")[:k]
+        wanted = target.indices[target.indptr[u] : target.indptr[u + 1]]
+        recalls.append(np.isin(best, wanted).sum() / len(wanted))
+    return float(np.mean(recalls))
+
+
+class DirectTeacher(Teacher):
+    """Eq. 4 as it is written: p^m is formed, [I, d_m], in every step."""
+
+    def reduce(self, m: str, layer: Layer, prompt: Tensor) -> Tensor:
+        x = self.features[m]  # [I, d_m]
+        weight = self.reduction[list(self.features).index(m)].weight.T  # [d_m, d]
+        prompt_m = prompt @ (prompt.T @ x) / len(prompt)  # p^m [I, d_m]
+        f = (x + self.config.lambda_prompt * prompt_m) @ weight + layer.bias  # [I, d]
+        return drop(f, self.config.dropout) if self.training else f
+
+
+# ------------------------------------------------------------ measuring
+
+
+class Setting(NamedTuple):
+    """What the rows are measured on."""
+
+    dataset: Dataset
+    config: Config
+    device: str
+
+
+def show(name: str, ours: float, theirs: float | None = None, note: str = "") -> None:
+    """One row: seconds, seconds of the usual way, their ratio."""
+    ratio = " " * 25
+    if theirs is not None:
+        ratio = f"{theirs:12.4f} s {theirs / ours:8.1f} x"
+    print(f"{name:46}{ours:10.4f} s{ratio}  {note}".rstrip(), flush=True)
+
+
+def step(learner: nn.Module, terms: Callable) -> Callable:
+    """A call that makes one optimiser step."""
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-3, fused=True)
+
+    def call():
+        optimiser.zero_grad()
+        sum(terms().values()).backward()
+        optimiser.step()
+
+    return call
+
+
+def steps(on: Setting) -> dict[str, Callable]:
+    """One step of each kind of training, by name, each ready to be timed."""
+    dataset, config, device = on
+    users, lists = batch_of(on)
+    pairs = users, lists[:, :2]
+    student, teacher = Student(dataset.train, config, device), Teacher(*on)
+    calls = {
+        "student alone": step(
+            student, lambda: student_terms(student, config, None, *pairs)
+        ),
+        "teacher, stage 1": step(teacher, lambda: teacher_terms(teacher, *pairs)),
+    }
+    return calls | steps_two(on, Teacher(*on))
+
+
+def steps_two(on: Setting, teacher: Teacher) -> dict[str, Callable]:
+    """One step of stage 2 under a teacher, its prompt frozen and tuned."""
+    batch = batch_of(on)
+    calls = {}
+    # Frozen first: its encoding is a constant, whatever becomes of the prompt later.
+    for name, tuned in ((FROZEN, False), (TUNED, True)):
+        config = replace(on.config, tune_prompt=tuned)
+        encode = stage_two(teacher, config)
+        student = Student(on.dataset.train, config, on.device)
+        learner = nn.ModuleDict({"student": student})
+        if tuned:
+            learner["prompt"] = teacher.prompt
+        terms = partial(stage_two_terms, student, config, encode, batch)
+        calls[name] = step(learner, terms)
+    return calls
+
+
+def stage_two_terms(
+    student: Student, config: Config, encode: Callable, batch: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    return student_terms(student, config, encode(), *batch)
+
+
+def batch_of(on: Setting) -> tuple[Tensor, Tensor]:
+    """Users [B] and their lists [B, K]."""
+    sampler = Sampler(on.dataset.train, on.device)
+    generator = torch.Generator(on.device).manual_seed(0)
+    users, lists = sampler.epoch(generator, on.config.negatives)
+    return users[: on.config.batch], lists[: on.config.batch]
+
+
+# ------------------------------------------------------------ the rows
+
+
+def bench_propagation(on: Setting) -> None:
+    train = on.dataset.train
+    graph, n_users = Graph(train, on.device), train.shape[0]
+    matrix = coo_tensor(adjacency(train), on.device)
+    x = torch.randn(sum(train.shape), on.config.dim, device=on.device, requires_grad=True)
+    gradient = torch.randn_like(x)  # [U+I, d]
+
+    def ours():
+        pair = lightgcn(graph, x[:n_users], x[n_users:], 2)
+        torch.autograd.backward(pair, [gradient[:n_users], gradient[n_users:]])
+
+    def theirs():
+        coo_lightgcn(matrix, x, 2).backward(gradient)
+
+    name = "propagation, 2 layers, forward + backward"
+    show(name, median(ours, on.device), median(theirs, on.device), "torch.sparse.mm on COO")
+
+
+def coo_tensor(matrix: sparse.csr_matrix, device: str) -> Tensor:
+    coo = matrix.tocoo()
+    index = np.stack([coo.row, coo.col])
+    return torch.sparse_coo_tensor(
+        index, coo.data, coo.shape, device=device, check_invariants=True
+    ).coalesce()
+
+
+def bench_product(on: Setting) -> None:
+    """One block of Â times item embeddings, and back."""
+    graph, n_items = Graph(on.dataset.train, on.device), on.dataset.train.shape[1]
+    x = torch.randn(n_items, on.config.dim, device=on.device, requires_grad=True)
+    gradient = torch.randn(on.dataset.train.shape[0], on.config.dim, device=on.device)
+
+    def ours():
+        Product.apply(graph.ui, graph.iu, x).backward(gradient)
+
+    def theirs():
+        (graph.ui @ x).backward(gradient)
+
+    name = "sparse product, forward + backward"
+    show(name, median(ours, on.device), median(theirs, on.device), "torch's own on CSR")
+
+
+def bench_scores(on: Setting) -> None:
+    """Logits of a batch's lists, and back."""
+    users, lists = batch_of(on)
+    user, item = (
+        torch.randn(n, on.config.dim, device=on.device, requires_grad=True)
+        for n in on.dataset.train.shape
+    )
+
+    def ours():
+        scores(user, item, users, lists).sum().backward()
+
+    def theirs():
+        plain_scores(user, item, users, lists).sum().backward()
+
+    name = "logits of a batch's lists, forward + backward"
+    show(
+        name, median(ours, on.device), median(theirs, on.device), "indexing, autograd's own"
+    )
+
+
+def bench_sampler(on: Setting) -> None:
+    train = on.dataset.train
+    sampler, generator = Sampler(train, on.device), torch.Generator(on.device)
+    theirs = median(lambda: loop_sampler(train), repeat=1)
+    ours = median(lambda: sampler.epoch(generator), on.device)
+    note = "a loop over edges, np.random.randint"
+    show("sampler, an epoch of triplets", ours, theirs, note)
+
+
+def bench_evaluate(on: Setting) -> None:
+    dataset = on.dataset
+    user, item = (
+        torch.randn(n, on.config.dim, device=on.device) for n in dataset.train.shape
+    )
+    exclude = dataset.train + dataset.val
+    pair = user.cpu().numpy(), item.cpu().numpy()
+    theirs = median(lambda: loop_evaluate(*pair, dataset.test, exclude), repeat=1)
+    ours = median(lambda: evaluate(user, item, dataset.test, exclude), on.device)
+    show("evaluate, exact ties", ours, theirs, "a loop over users, full stable argsort")
+
+
+def bench_bandwidth(on: Setting) -> None:
+    """A student-only epoch against the time its memory traffic takes at copying speed."""
+    dataset, config, device = on
+    source, target = torch.empty(2, COPIED, device=device)
+    speed = 2 * source.nbytes / median(lambda: target.copy_(source), device, 5)  # bytes a s
+    bound, loose = (traffic / speed for traffic in bytes_of_epoch(dataset, config))
+    student, sampler = (
+        Student(dataset.train, config, device),
+        Sampler(dataset.train, device),
+    )
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
+
+    def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
+        return student_terms(student, config, None, users, lists)
+
+    def epoch():
+        samples = sampler.epoch(torch.Generator(device))
+        train_epoch(student, optimiser, samples, config.batch, terms)
+
+    ours = median(epoch, device, 7)
+    each = f"{ours / bound:.2f} x its memory bound, {bound:.4f} s at {speed / 1e9:.0f} GB/s"
+    once = f"{ours / loose:.2f} x if each row is read once, {loose:.4f} s"
+    show("student-only epoch", ours, note=f"{each}; {once}")
+
+
+def bytes_of_epoch(dataset: Dataset, config: Config) -> tuple[float, float]:
+    """What a student-only epoch moves: each row read at every use, or only once.
+
+    L sparse products forward and L backward, each the matrix (8 bytes an edge and
+    direction), a row of d floats read for every edge and direction, and the output written;
+    and AdamW, four reads and three writes of every parameter. With a cache that holds the
+    whole table a row need be read only once.
+    """
+    edges = 2 * dataset.train.nnz
+    table = sum(dataset.train.shape) * config.dim * 4
+    batches = -(-dataset.train.nnz // config.batch)
+    each = edges * (8 + config.dim * 4) + table
+    once = edges * 8 + 2 * table
+    products = 2 * config.student_layers
+    return batches * (products * each + 7 * table), batches * (products * once + 7 * table)
+
+
+def bench_steps(on: Setting) -> None:
+    for name, call in steps(on).items():
+        show(f"step: {name}", median(call, on.device))
+
+
+def bench_prompt(on: Setting) -> None:
+    """Stage 2 where features are wide, the prompt tuned: fast path, direct form."""
+    on = on._replace(dataset=data.synthetic(**WIDE))
+    teacher, direct = Teacher(*on), DirectTeacher(*on)
+    calls = steps_two(on, teacher)
+    ours = median(calls[TUNED], on.device, 5)
+    theirs = median(steps_two(on, direct)[TUNED], on.device, 3)
+    size = f"I = {WIDE['items']:,}, d_m = {sum(WIDE['dims'].values()):,}"
+    show(f"step, prompt tuned, {size}", ours, theirs, "p^m formed in every step")
+    show("step, prompt frozen, same size", median(calls[FROZEN], on.device, 5))
+    with torch.no_grad():
+        fast, fixed = teacher().reduced, teacher.fixed()
+        prompt = teacher.prompt(teacher.tokens)
+        for m, f in fast.items():
+            written = DirectTeacher.reduce(teacher, m, fixed.layers[m], prompt)
+            error = ((f - written).norm() / written.norm()).item()
+            print(f"  f^{m}: fast against direct, relative error {error:.1e}")
+
+
+# ------------------------------------------------------------ growth
+
+
+def bench_growth(threads: int) -> None:
+    """Seconds a step and peak memory as U, I, E and d_m grow, each in its own process."""
+    columns = f"{'student alone':>15}{'teacher':>10}{'tuned':>10}{'peak memory':>14}"
+    print(f"\n{'growth':32}{columns}")
+    for name in GROWN:
+        for factor in FACTORS:
+            size = GROWN | {name: GROWN[name] * factor}
+            command = [*module("bench"), f"--threads={threads}"]
+            command += [f"--{key}={value}" for key, value in size.items()]
+            label = f"{name} = {size[name]:,}"
+            print(f"{label:32}{growth_row(json.loads(child(command)))}", flush=True)
+
+
+def growth_row(found: dict[str, float]) -> str:
+    times = f"{found['alone']:12.1f} ms{found['teacher']:7.1f} ms{found['tuned']:7.1f} ms"
+    return f"{times}{found['peak']:10.0f} MiB"
+
+
+def point(args: argparse.Namespace) -> dict[str, float]:
+    """One size of bench_growth: milliseconds, and this process's peak memory."""
+    widths = {"visual": args.width, "text": args.width}
+    sizes = {"users": args.users, "items": args.items, "interactions": args.interactions}
+    calls = steps(Setting(data.synthetic(**sizes, dims=widths), Config(), "cpu"))
+    names = {
+        "alone": "student alone",
+        "teacher": "teacher, stage 1",
+        "tuned": TUNED,
+    }
+    found = {key: 1000 * median(calls[name], repeat=5) for key, name in names.items()}
+    return found | {"peak": peak("cpu")}
+
+
+# ------------------------------------------------------------ command line
+
+ROWS = (
+    bench_propagation,
+    bench_product,
+    bench_scores,
+    bench_sampler,
+    bench_evaluate,
+    bench_bandwidth,
+    bench_steps,
+    bench_prompt,
+)
+
+
+def bench(args: argparse.Namespace) -> None:
+    device = str(data.pick_device(args.device))
+    if args.data:
+        dataset = data.load(args.data)
+    else:
+        dataset = replace(data.synthetic(**GENERATED), name="generated, CiteULike's size")
+    on = Setting(dataset, Config(batch=2048), device)
+    users, items = dataset.train.shape
+    size = (
+        f"{users:,} x {items:,}, {dataset.train.nnz:,} training edges, d = {on.config.dim}"
+    )
+    made = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{dataset.name}: {size}; {made}\n")
+    for row in ROWS:
+        row(on)
+    if device == "cpu":
+        bench_growth(torch.get_num_threads())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = data.Parser(prog="experiments bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", help="dataset folder (default: generated, CiteULike's size)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: torch's)"
+    )
+    for size in GROWN:  # of one point of bench_growth
+        parser.add_argument(f"--{size}", type=int, default=0, help=argparse.SUPPRESS)
+    try:
+        args = parser.parse_args(argv)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.width:
+            print(json.dumps(point(args)))
+        else:
+            bench(args)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

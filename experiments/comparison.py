@@ -1,0 +1,127 @@
+"""Section 4.2: the data (Table 3), the models (Table 4), and who gains by content.
+
+`first_run` is the main job, `python promptmm.py`, as a reader runs it.
+"""
+
+import numpy as np
+import torch
+from scipy import sparse
+
+import data
+from evaluate import evaluate, ladder
+from experiments.lab import (
+    CODE,
+    Job,
+    Lab,
+    child,
+    compare,
+    embeddings,
+    learn_all,
+    names,
+    search,
+    seeded,
+    settings,
+    spread,
+)
+from experiments.publish import PAIRED, Output, fence, markdown, protocol, ranking_table
+
+REFERENCE = "LightGCN"  # what every other model is tested against
+BY_POPULARITY = ("MostPop", "LightGCN", "Teacher", "PromptMM")
+GROUPS = {  # by training interactions of an item: from, to below
+    "never": (0, 1),
+    "1-3": (1, 4),
+    "4-10": (4, 11),
+    "11-50": (11, 51),
+    "> 50": (51, np.inf),
+}
+
+
+def first_run(lab: Lab) -> Output:
+    """The main job as a reader runs it: its ladder and its time."""
+    folder = lab.cache / "first_run"
+    command = [str(CODE / "promptmm.py"), "--out", str(folder), "--force"]
+    command += ["--device", str(lab.device)]
+    command += ["--data", lab.source] if lab.source else []
+    command += ["--quick"] if lab.quick else []
+    child(command)
+    metrics = data.read_json(folder / "metrics.json", "test", "seconds")
+    seconds = sum(metrics["seconds"].values())
+    text = (
+        f"{seconds:.1f} s of training ({metrics['device']}, {torch.get_num_threads()} "
+        f"threads); it prints:\n\n{fence(ladder(metrics))}"
+    )
+    return Output(f"The main job on {lab.dataset.name}", [metrics], text)
+
+
+def table3(lab: Lab) -> Output:
+    """Statistics of the data."""
+    rows = []
+    for name, value in data.describe(lab.dataset).items():
+        rows.append(
+            {"statistic": name, "value": value if isinstance(value, int) else str(value)}
+        )
+    text = markdown(rows, {"statistic": "statistic", "value": lab.dataset.name})
+    return Output(f"Table 3. Statistics of {lab.dataset.name}", rows, text)
+
+
+def table4(lab: Lab, seeds: int) -> Output:
+    """Comparison under one protocol."""
+    jobs = {model: Job(model, settings(lab, model)) for model in names()}
+    rows = compare(lab, "Table 4", jobs, seeds, REFERENCE)
+    budget = "settings not tuned on these data"
+    if found := search(lab):
+        budget = (
+            f"settings: the best of {found['tried']} tries a model on validation (tune.md; "
+            "PromptMM's are half its teacher's, half its student's, and begin as the best "
+            "LightGCN)"
+        )
+    note = (
+        f"{protocol(jobs['PromptMM'].config, seeds)}; {PAIRED}; {budget}; none of the "
+        "paper's own figures are about these data, so none stand beside"
+    )
+    title = f"Table 4. Comparison on {lab.dataset.name}, test split"
+    return Output(title, rows, ranking_table(rows, REFERENCE), note)
+
+
+# ------------------------------------------------------------ recall by popularity
+
+
+def popularity(lab: Lab, seeds: int) -> Output:
+    """Recall@20 by how often an item was seen in training: who gains by content?"""
+    jobs = {model: Job(model, settings(lab, model)) for model in BY_POPULARITY}
+    every = [one for job in jobs.values() for one in seeded(job, seeds)]
+    learn_all(lab, "popularity", every)
+    test = lab.dataset.test
+    groups = by_popularity(lab.dataset.train, test)
+    shares = {group: f"{target.nnz / test.nnz:.1%}" for group, target in groups.items()}
+    rows = [{"model": "share of the test interactions"} | shares]
+    for model, job in jobs.items():
+        row = {"model": model}
+        for group, target in groups.items():
+            row[group] = spread([recall(lab, one, target) for one in seeded(job, seeds)])
+        rows.append(row)
+    text = markdown(
+        rows, {"model": "items seen in training"} | {name: name for name in GROUPS}
+    )
+    title = f"Recall@20 by popularity on {lab.dataset.name}, test split"
+    return Output(title, rows, text, protocol(jobs["PromptMM"].config, seeds))
+
+
+def by_popularity(
+    train: sparse.csr_matrix, target: sparse.csr_matrix
+) -> dict[str, sparse.csr_matrix]:
+    """The part of `target` [U, I] whose items were seen so often in training, by group."""
+    seen = np.asarray(train.sum(0)).ravel()  # [I]
+    parts = {}
+    for group, (low, high) in GROUPS.items():
+        parts[group] = target.multiply((low <= seen) & (seen < high)).tocsr()
+        parts[group].eliminate_zeros()
+    return parts
+
+
+def recall(lab: Lab, job: Job, target: sparse.csr_matrix) -> float:
+    """Recall@20 of one trained model on a part of the test split; 0 on an empty part."""
+    if not target.nnz:
+        return 0.0
+    exclude = lab.dataset.train + lab.dataset.val
+    return evaluate(*embeddings(lab, *job), target, exclude)["recall@20"]

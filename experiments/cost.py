@@ -1,0 +1,206 @@
+"""Section 4.4: what the teacher costs and what the student costs (Table 6).
+
+Each row is measured in a process of its own, so that its peak of memory is its own:
+
+    python -m experiments.cost --data DIR --run FOLDER --model teacher
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+import data
+from data import Dataset, Sampler
+from experiments.lab import Job, Lab, child, learn_all, module, settings, student_weights
+from experiments.publish import Output, markdown
+from promptmm import (
+    Config,
+    Student,
+    Teacher,
+    stage_two,
+    student_terms,
+    teacher_terms,
+    train_epoch,
+)
+
+COSTS = ("teacher", "student, prompt tuned", "student, prompt frozen", "student alone")
+COLUMNS = {
+    "model": "",
+    "epoch": "s/epoch",
+    "peak_train": "peak MiB, training",
+    "trainable": "learnt",
+    "buffers": "features",
+    "learnt": "ratio, learnt",
+    "all": "with features",
+    "embed": "s to embeddings",
+    "faster": "faster",
+    "peak_embed": "peak MiB, embedding",
+    "serve": "bytes to serve",
+}
+NOTE = (
+    "each row is a process of its own, its peak that of the process, torch's own pages "
+    "included; s/epoch: median of three, without validation; s to embeddings: from files "
+    "on disk to E_u and E_i; bytes to serve: what must be held to refresh and serve "
+    "embeddings, that is tables, and of the teacher reductions, prompt and features too. "
+    "Frozen final embeddings would be equally large for both"
+)
+
+
+def table6(lab: Lab) -> Output:
+    """Time, memory and size."""
+    full, native = settings(lab), lab.cache / "native"
+    if not native.exists():
+        native.parent.mkdir(parents=True, exist_ok=True)
+        data.save(lab.dataset, native)
+    job = Job("PromptMM", full)
+    learn_all(lab, "Table 6", [job])
+    folders = {model: lab.folder(*job) for model in COSTS}
+    folders["teacher"] = lab.folder("Teacher", full)
+    rows = []
+    for model in COSTS:
+        command = [*module("cost"), "--data", str(native), "--run", str(folders[model])]
+        command += ["--model", model, "--device", str(lab.device)]
+        rows.append({"model": model} | json.loads(child(command)))
+    rows = [row | shares(row, rows[0]) for row in rows]
+    title = f"Table 6. Cost on {lab.dataset.name}"
+    return Output(title, rows, markdown(rows, COLUMNS), NOTE)
+
+
+def shares(row: dict, teacher: dict) -> dict:
+    """A row beside the teacher's; peaks in whole MiB."""
+    learnt = row["trainable"] / teacher["trainable"]
+    every = sum(row[size] for size in ("trainable", "buffers"))
+    every /= sum(teacher[size] for size in ("trainable", "buffers"))
+    faster = teacher["embed"] / row["embed"]
+    found = {"learnt": f"{learnt:.1%}", "all": f"{every:.1%}", "faster": f"{faster:.1f} x"}
+    return found | {key: round(row[key]) for key in ("peak_embed", "peak_train")}
+
+
+# ------------------------------------------------------------ one row, in its own process
+
+
+def measure(model: str, source: Path, run: Path, device: str) -> dict:
+    """From files to embeddings, then three epochs: seconds, peak memory, sizes."""
+    stored = data.read_json(run / "config.json")
+    config = replace(Config(**stored), tune_prompt=model.endswith("tuned"))
+    began = time.perf_counter()
+    learner = load(model, source, run, config, device)
+    with torch.no_grad():
+        learner.eval()()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    row = {"embed": time.perf_counter() - began, "peak_embed": peak(device)}
+    row |= sizes(learner)
+    row["epoch"] = epoch(model, learner, data.load(source), config, device)
+    return row | {"peak_train": peak(device)}
+
+
+def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn.Module:
+    """A trained model from its files, reading no more of the data than it needs."""
+    if model == "teacher":
+        learner = Teacher(data.load(source, check=False), config, device)
+        learner.load_state_dict(data.read_torch(run / "teacher.pt", device))
+        return learner
+    learner = Student(sparse.load_npz(source / "train.npz"), config, device)
+    learner.load_state_dict(student_weights(run, device))
+    return learner
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Numbers that are learnt, frozen ones, and bytes of both, which serving must hold."""
+    trainable = sum(weight.numel() for weight in model.parameters())
+    buffers = sum(x.numel() for x in getattr(model, "features", {}).values())
+    return {"trainable": trainable, "buffers": buffers, "serve": 4 * (trainable + buffers)}
+
+
+def epoch(
+    kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
+) -> float:
+    """Seconds of one epoch of training."""
+    terms, learner, width = objective(kind, model, dataset, config, device)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
+    sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
+    batch = config.batch if kind == "teacher" else config.batch_student or config.batch
+
+    def once():
+        train_epoch(learner, optimiser, sampler.epoch(generator, width - 1), batch, terms)
+
+    return median(once, device, 3)
+
+
+def objective(
+    kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
+) -> tuple[Callable, nn.Module, int]:
+    """The terms of one kind of training, what learns by them, the width of its lists."""
+    if kind == "teacher":
+        return partial(teacher_terms, model), model, 2
+    if kind == "student alone":
+        return partial(student_terms, model, config, None), model, 2
+    teacher = Teacher(dataset, config, device)
+    encode = stage_two(teacher, config)
+    learner = nn.ModuleDict({"student": model})
+    if teacher.prompt.weight.requires_grad:  # it is tuned
+        learner["prompt"] = teacher.prompt
+
+    def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
+        return student_terms(model, config, encode(), users, lists)
+
+    return terms, learner, 1 + (config.negatives if config.lambda_list else 1)
+
+
+# ------------------------------------------------------------ measuring
+
+
+def median(call: Callable, device: str = "cpu", repeat: int = 9) -> float:
+    """Seconds of a call: the median of `repeat`, after one to warm up."""
+    seconds = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
+
+
+def peak(device: str) -> float:
+    """MiB at most in use so far: of this process, or allocated on the GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage, which would count the parent's pages too.
+    with open("/proc/self/status") as status:
+        [line] = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**10
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = data.Parser(prog="experiments.cost", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="dataset folder, native layout"
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of the trained model"
+    )
+    parser.add_argument("--model", choices=COSTS, required=True)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    try:
+        args = parser.parse_args(argv)
+        device = str(data.pick_device(args.device))
+        print(json.dumps(measure(args.model, args.data, args.run, device)))
+    except (data.DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,446 @@
+"""What every experiment shares: train a model once, judge it, compare it with others.
+
+    Lab        the data, the device, where things go
+    Job        a model to be trained: its name, its settings
+    learn      one trained model, from the cache where it is there
+    judge      its metrics for each user
+    compare    rows of mean ± std over seeds, with a paired test
+
+A trained model lies in a folder that is named by what decides it: the data, the settings
+that matter for this model, and the code. Which settings matter is written at each field of
+its settings (`of=…`), nowhere else.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor, nn
+
+import baselines.common
+import data
+import distillers.common
+from baselines import MODELS
+from data import Dataset, need, write
+from distillers import METHODS
+from evaluate import evaluate, paired_test
+from promptmm import Config, Run, Teacher, most_popular, train_student, train_teacher
+
+CODE = Path(__file__).resolve().parent.parent
+ROOT = CODE  # what holds runs/ and results/
+CORE = tuple(CODE / f"{name}.py" for name in ("promptmm", "losses", "data", "evaluate"))
+VERSIONS = {
+    "torch": torch.__version__,
+    "numpy": np.__version__,
+    "scipy": scipy.__version__,
+}
+QUICK = {"epochs": 2, "eval_every": 1}  # a smoke test's settings
+SHOWN = ("recall@20", "ndcg@20", "recall@50", "ndcg@50")  # the metrics of a row
+Values = dict[str, np.ndarray]  # by metric, of each seed and user [seeds, users]
+TESTED = {"p": "recall@20", "p_ndcg": "ndcg@20"}  # the paired tests of a row
+
+
+def names() -> tuple[str, ...]:
+    """The rows of Table 4; a new model of baselines/ joins them by its line in MODELS."""
+    return ("MostPop", *MODELS, "Teacher", "PromptMM")
+
+
+def is_taught(model: str) -> bool:
+    return model == "PromptMM" or model in METHODS
+
+
+# ------------------------------------------------------------ where things are
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where an experiment takes place: data, device, number of seeds, folders."""
+
+    dataset: Dataset
+    source: str  # "" for the embedded data, else the folder
+    device: torch.device
+    seeds: int  # 0: as many as the part asks for
+    quick: bool
+    out: Path
+    keep: bool = False  # accept models that other code has trained
+    used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return data.fingerprint(self.dataset)  # reads every feature: once is enough
+
+    @property
+    def home(self) -> Path:
+        """All that is kept about datasets of this name; `all --force` removes it."""
+        return ROOT / "runs" / "experiments" / self.dataset.name
+
+    @property
+    def cache(self) -> Path:
+        return self.home / f"{self.fingerprint[:12]}-{self.device.type}"
+
+    def count(self, seeds: int) -> int:
+        """How many seeds: as asked on the command line, else the part's own number."""
+        return self.seeds or (1 if self.quick else seeds)
+
+    def folder(self, model: str, config: Config, kind: type = Teacher) -> Path:
+        """Where a trained model lies; with `keep` one of older code will do."""
+        matter = {
+            one.name: getattr(config, one.name)
+            for one in fields(config)
+            if one.metadata["of"] in deciding(model)
+        }
+        name = model if kind is Teacher else f"{model} {kind.__name__}"
+        stem = f"{slug(name)}-{digest(matter)}"
+        exact = self.cache / f"{stem}-{code_digest(sources(model, kind))}"
+        if not self.keep or is_trained(exact):
+            return exact
+        others = [other for other in self.cache.glob(f"{stem}-*") if is_trained(other)]
+        return max(others, key=trained_at, default=exact)
+
+
+class Job(NamedTuple):
+    """A model to be trained. kind: the class of the teacher, where it is or has one."""
+
+    model: str
+    config: Config
+    kind: type = Teacher
+
+
+def deciding(model: str) -> tuple[str, ...]:
+    """Whose settings decide what a trained model is, in the words of `setting(…, of=…)`."""
+    if model in MODELS:
+        return ("both", "student", "model")
+    if model == "Teacher":
+        return ("both", "teacher")
+    return ("both", "teacher", "student", "distillation")
+
+
+def slug(name: str) -> str:
+    """
+    >>> slug("PromptMM, prompt frozen")
+    'promptmm-prompt-frozen'
+    """
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def digest(content) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def is_trained(folder: Path) -> bool:
+    return (folder / "embeddings.npz").exists()
+
+
+def trained_at(folder: Path) -> float:
+    return (folder / "embeddings.npz").stat().st_mtime
+
+
+# ------------------------------------------------------------ the code that trained it
+
+
+def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
+    """The files whose code decides what a trained model is: the core's, and its own."""
+    own = []
+    if model in MODELS:
+        own = [baselines.common, *ancestry(MODELS[model])]
+    elif model in METHODS:
+        own = [distillers.common, METHODS[model]]
+    elif kind is not Teacher:
+        own = ancestry(kind)
+    files = {Path(inspect.getsourcefile(part)) for part in own}
+    return CORE + tuple(sorted(files - set(CORE)))
+
+
+def ancestry(kind: type) -> list[type]:
+    """A class and those it inherits from, as far as they are not torch's."""
+    return [one for one in kind.__mro__ if one not in nn.Module.__mro__]
+
+
+@cache
+def code_digest(files: tuple[Path, ...]) -> str:
+    """Of what the code does: comments and docstrings do not count, torch's version does."""
+    return digest([torch.__version__, *(bare(file.read_text()) for file in files)])
+
+
+def bare(source: str) -> str:
+    """Code without its comments and docstrings, in a form of its own.
+
+    >>> bare("x = 1  # one") == bare("'What x is.'; x = 1")
+    True
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+# ------------------------------------------------------------ train once
+
+
+def learn(lab: Lab, model: str, config: Config, kind: type = Teacher) -> Path:
+    """Train one model, or find it trained. Its folder gets embeddings.npz and log.csv."""
+    folder = lab.folder(model, config, kind)
+    if not is_trained(folder):
+        with locked(folder):
+            if not is_trained(folder):  # another process may have been at it meanwhile
+                train(lab, folder, Job(model, config, kind))
+    lab.used.add(folder)
+    if is_taught(model):
+        lab.used.add(lab.folder("Teacher", config, kind))
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait. The system lets go when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train(lab: Lab, folder: Path, job: Job) -> None:
+    """Train a model in its folder, or go on where an interrupted process stopped."""
+    write(folder / "config.json", json.dumps(vars(job.config), indent=1))
+    file = folder / "state.pt"
+    state = data.read_torch(file, lab.device) if file.exists() else {}
+    run = Run(folder, lab.dataset, job.config, lab.device, state)
+    with open(folder / "progress.txt", "a") as log, contextlib.redirect_stderr(log):
+        pair = trained_pair(lab, run, job)
+    user, item = (e.detach().cpu().numpy() for e in pair)
+    code = code_digest(sources(job.model, job.kind))
+    facts = circumstances(folder) | {"code": code}
+    write(folder / "trained.json", json.dumps(facts, indent=1))
+    write(folder / "embeddings.npz", lambda stream: np.savez(stream, user=user, item=item))
+    file.unlink(missing_ok=True)
+
+
+def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
+    """E_u [U, d] and E_i [I, d] of whatever kind of model a job asks for."""
+    model, config, kind = job
+    if model in MODELS:
+        return baselines.common.train(run, MODELS[model])
+    if model == "Teacher":
+        return train_teacher(run, kind)()[:2]
+    teacher = load_teacher(lab, config, kind)
+    if model in METHODS:
+        with torch.no_grad():
+            teachers = distillers.common.teachers_of(teacher())
+        return distillers.common.train(run, METHODS[model], teachers)
+    return train_student(run, "student", teacher)
+
+
+def circumstances(folder: Path) -> dict:
+    """When and with what a model was trained; seconds are those of training alone."""
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    found |= VERSIONS | {"threads": torch.get_num_threads()}
+    return found | {"seconds": float(log_of(folder)["seconds"][-1])}
+
+
+def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
+    """The trained teacher of these settings: frozen, in eval mode."""
+    folder = learn(lab, "Teacher", config, kind)
+    return train_teacher(Run(folder, lab.dataset, config, lab.device, {}), kind)
+
+
+def student_weights(folder: Path, device) -> dict[str, Tensor]:
+    """The trained student's own parameters; a tuned prompt beside them is left out."""
+    stored = data.read_torch(folder / "student.pt", device)
+    return {
+        name.removeprefix("student."): weight
+        for name, weight in stored.items()
+        if name.startswith("student.")
+    }
+
+
+def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
+    """Train what is not trained yet, a line for each, with the time left."""
+    todo = {}
+    for job in with_teachers(jobs):
+        folder = lab.folder(*job)
+        lab.used.add(folder)
+        if not is_trained(folder):
+            todo[folder] = job
+    began = time.perf_counter()
+    for n, job in enumerate(todo.values(), 1):
+        log = log_of(learn(lab, *job))
+        epochs, best = log["epoch"][-1], log["recall@20"].max()
+        spent = time.perf_counter() - began
+        left = spent / n * (len(todo) - n)
+        where = f"{lab.dataset.name} {title} {n}/{len(todo)}"
+        what = f"{job.model}, seed {job.config.seed}, {epochs:.0f} epochs"
+        pace = f"{spent:.0f} s, about {left:.0f} s left"
+        print(f"{where}: {what}, validation {best:.4f}; {pace}", flush=True)
+
+
+def with_teachers(jobs: Iterable[Job]) -> Iterator[Job]:
+    """A student brings its teacher along: listed, it is counted too, and trained once."""
+    for job in jobs:
+        if is_taught(job.model):
+            yield job._replace(model="Teacher")
+        if job.model != "MostPop":
+            yield job
+
+
+def log_of(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a log.csv, its stage aside."""
+    lines = (folder / "log.csv").read_text().splitlines()
+    header, *rows = (line.split(",") for line in lines)
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    del columns["stage"]
+    return {name: np.array(column, float) for name, column in columns.items()}
+
+
+# ------------------------------------------------------------ judge and compare
+
+
+def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> list[Tensor]:
+    """E_u, E_i of a trained model; popularity as embeddings of width 1 for MostPop."""
+    if model == "MostPop":
+        return list(most_popular(lab.dataset.train, lab.device))
+    with np.load(learn(lab, model, config, kind) / "embeddings.npz") as stored:
+        return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
+
+
+def judge(
+    lab: Lab, model: str, config: Config, kind: type = Teacher, split: str = "test"
+) -> dict[str, np.ndarray]:
+    """Metrics of each evaluated user [n] by name; on test, of the selected epoch only."""
+    if model == "MostPop":
+        return per_user(lab, Job(model, config), split)
+    file = learn(lab, model, config, kind) / f"{split}.npz"
+    if file.exists():
+        with np.load(file) as stored:
+            return dict(stored)
+    found = per_user(lab, Job(model, config, kind), split)
+    write(file, lambda stream: np.savez(stream, **found))
+    return found
+
+
+def per_user(lab: Lab, job: Job, split: str) -> dict[str, np.ndarray]:
+    dataset = lab.dataset
+    exclude = dataset.train if split == "val" else dataset.train + dataset.val
+    target = getattr(dataset, split)
+    return evaluate(*embeddings(lab, *job), target, exclude, per_user=True)["per_user"]
+
+
+def spread(runs) -> dict:
+    """Mean, standard deviation and the values themselves."""
+    runs = np.asarray(runs, float)
+    std = float(runs.std(ddof=1)) if len(runs) > 1 else 0.0
+    return {"mean": float(runs.mean()), "std": std, "runs": runs.tolist()}
+
+
+def seeded(job: Job, seeds: int) -> list[Job]:
+    return [job._replace(config=replace(job.config, seed=seed)) for seed in range(seeds)]
+
+
+def compare(
+    lab: Lab, title: str, rows: dict[str, Job], seeds: int, reference: str
+) -> list[dict]:
+    """Mean, std and runs of each row, a paired test over users against the reference."""
+    learn_all(lab, title, [one for job in rows.values() for one in seeded(job, seeds)])
+    values = {}  # of each row, by metric: [seeds, users]
+    for name, job in rows.items():
+        runs = [judge(lab, *one) for one in seeded(job, seeds)]
+        values[name] = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
+    table = []
+    for name, found in values.items():
+        row = {"model": name} | {metric: spread(found[metric].mean(1)) for metric in SHOWN}
+        if name != reference:
+            row |= significance(found, values[reference])
+        table.append(row | {"gain": gains(found, values[reference])})
+    return table
+
+
+def significance(found: Values, reference: Values) -> dict:
+    """Is it better for the same users? p by bootstrap and by Wilcoxon, and the interval."""
+    row = {}
+    for key, metric in TESTED.items():
+        test = paired_test(found[metric], reference[metric])
+        row[key] = test["p_bootstrap"]
+        row[f"{key}_wilcoxon"] = test["p_wilcoxon"]
+        row[f"{key}_interval"] = [test["low"], test["high"]]
+    return row
+
+
+def gains(found: Values, reference: Values) -> dict[str, float]:
+    """How much higher, as a share of the reference's mean."""
+    gain = {}
+    for metric in TESTED.values():
+        base = spread(reference[metric].mean(1))["mean"]
+        own = spread(found[metric].mean(1))["mean"]
+        gain[metric] = own / base - 1 if base else np.nan
+    return gain
+
+
+# ------------------------------------------------------------ settings
+
+
+def search(lab: Lab) -> dict:
+    """What `tune` found on exactly these data, or nothing.
+
+    The embedded data are known without a fingerprint: their search holds whatever the last
+    bits of their features are.
+    """
+    file = ROOT / "results" / lab.dataset.name / "tune.json"
+    found = data.read_json(file, "best", "tried") if file.exists() else {}
+    same = not lab.source or found.get("fingerprint") == lab.fingerprint
+    return found if same else {}
+
+
+def tries(found: dict) -> dict[str, int]:
+    """How many settings a search has tried, by model."""
+    return dict(Counter(row["model"] for row in found.get("rows", [])))
+
+
+def settings(lab: Lab, model: str = "PromptMM") -> Config:
+    """What the search chose for a model on these data; without a search the defaults."""
+    kind = MODELS[model].Settings if model in MODELS else Config
+    chosen = search(lab).get("best", {}).get(model, {})
+    return kind(**chosen | (QUICK if lab.quick else {}))
+
+
+# ------------------------------------------------------------ other processes
+
+
+def child(command: list[str]) -> str:
+    """What another Python process prints; if it fails, its last line as our error.
+
+    It runs in the caller's folder, so that relative paths mean the same there.
+    """
+    path = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+    )
+    need(not found.returncode, (found.stderr.strip().splitlines() or ["no message"])[-1])
+    return found.stdout
+
+
+def module(name: str) -> list[str]:
+    """How a child's command begins that runs a module of this package, and no namesake."""
+    return ["-P", "-m", f"experiments.{name}"]

@@ -1,0 +1,285 @@
+"""How a result is shown: <part>.md, .json, .png, with how they were made; README's figures.
+
+The columns of a table are given as {key of a row: heading}.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import data
+import experiments.lab
+from data import write
+from experiments.lab import VERSIONS, Lab, search, tries
+from promptmm import Config
+
+PAGES = ("README.md", "experiments/README.md", "results/README.md")
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+]  # Okabe and Ito's
+PAIRED = (
+    "p: paired bootstrap over users of the values averaged over seeds, 10,000 draws (so "
+    "never below 0.0001)"
+)
+
+
+@dataclass
+class Output:
+    """What an experiment found: rows for the JSON, a table or text, perhaps a plot."""
+
+    title: str
+    rows: list
+    text: str
+    note: str = ""
+    plot: Callable | None = None  # plot(figure) draws it
+    extra: dict = field(default_factory=dict)  # more for the JSON
+
+
+# ------------------------------------------------------------ tables
+
+
+def cell(value) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, dict):
+        several = len(value["runs"]) > 1
+        return f"{value['mean']:.4f}" + (f" ± {value['std']:.4f}" if several else "")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def markdown(rows: list[dict], columns: dict[str, str]) -> str:
+    """Rows as a table; columns: key -> heading."""
+    lines = [columns.values(), ["---"] * len(columns)]
+    lines += [[cell(row.get(key, "")) for key in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(rows: list[dict]) -> str:
+    """Rows as a table of all that they hold, under its own names."""
+    return markdown(rows, {key: key for key in rows[0]})
+
+
+def ranking_table(rows: list[dict], reference: str) -> str:
+    """The usual columns of a comparison: both metrics, the gain over the reference, p."""
+    shown = []
+    for row in rows:
+        recall, ndcg = (
+            f"{row['gain'][metric]:+.1%}" for metric in ("recall@20", "ndcg@20")
+        )
+        shown.append(row | {"gain_r": recall, "gain_n": ndcg})
+    columns = {
+        "model": "model",
+        "recall@20": "Recall@20",
+        "ndcg@20": "NDCG@20",
+        "gain_r": f"R over {reference}",
+        "gain_n": "N over it",
+        "p": "p (R)",
+        "p_ndcg": "p (N)",
+    }
+    return markdown(shown, columns)
+
+
+def protocol(config: Config, seeds: int) -> str:
+    return (
+        f"selection by validation Recall@20 every {config.eval_every} epochs, patience "
+        f"{config.patience} evaluations; test read once, at the selected epoch; all items "
+        f"ranked except the user's training and validation items; seeds 0 to {seeds - 1}; "
+        "mean ± standard deviation over seeds"
+    )
+
+
+# ------------------------------------------------------------ how it was made
+
+
+def trained(lab: Lab) -> dict:
+    """From when to when, and with what, the models behind a result were trained."""
+    files = [folder / "trained.json" for folder in sorted(lab.used)]
+    notes = [data.read_json(file, "date", "seconds") for file in files if file.exists()]
+    if not notes:
+        return {}
+    dates = sorted(note["date"] for note in notes)
+    found = {"models": len(notes), "from": dates[0], "to": dates[-1]}
+    for name in (*VERSIONS, "threads", "code"):
+        found[name] = sorted({note[name] for note in notes})
+    return found | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
+
+
+def command(lab: Lab, name: str, flags: list[str]) -> str:
+    """What to type to get this result again."""
+    words = ["python -m experiments", name]
+    if lab.source:
+        words.append(f"--data {Path(lab.source).name}")
+    words += flags
+    words += ["--quick"] * lab.quick + ["--keep"] * lab.keep
+    return " ".join(words)
+
+
+def facts(lab: Lab, line: str, seconds: float, seeds: int, note: str) -> dict:
+    found = {"modalities": list(lab.dataset.features), "seeds": seeds}
+    if lab.used and search(lab):  # the settings of its models come from that search
+        found["tries"] = tries(search(lab))
+    versions = {"python": sys.version.split()[0], **VERSIONS}
+    made = {
+        "command": line,
+        "device": str(lab.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "trained": trained(lab),
+        "wall_seconds": round(seconds, 1),
+        "protocol": note,
+    }
+    return found | made
+
+
+def footer(made: dict) -> str:
+    """The same facts as one line of text."""
+    packages = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    place = f"{made['device']}, {plural(made['threads'], 'thread')}"
+    seconds = f"{made['wall_seconds']:.0f} s, models trained before not counted"
+    parts = [
+        f"`{made['command']}`",
+        plural(made["seeds"], "seed"),
+        place,
+        packages,
+        seconds,
+    ]
+    if models := made["trained"]:
+        parts.append(training_line(models))
+    return " · ".join(parts)
+
+
+def training_line(models: dict) -> str:
+    """When, for how long and with what the models behind a result were trained."""
+    when = f"{models['from'][:10]} to {models['to'][:10]} in {models['seconds']:.0f} s"
+    threads = ", ".join(map(str, models["threads"]))
+    by = f"torch {', '.join(models['torch'])}, threads: {threads}"
+    return f"{plural(models['models'], 'model')} trained {when} with {by}"
+
+
+def plural(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+# ------------------------------------------------------------ files
+
+
+def publish(
+    lab: Lab,
+    folder: Path,
+    name: str,
+    output: Output,
+    seconds: float,
+    seeds: int,
+    flags: list[str],
+) -> Path:
+    """<name>.md, .json, and .png where there is something to draw; how they were made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = facts(lab, command(lab, name, flags), seconds, seeds, output.note)
+    content = {"title": output.title, "rows": output.rows} | made | output.extra
+    write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    table = f"<!-- table -->\n{output.text}\n<!-- end -->"
+    parts = [f"# {output.title}", table, output.note, footer(made)]
+    if output.plot:
+        parts.insert(2, f"![{output.title}]({name}.png)")
+    write(folder / f"{name}.md", "\n\n".join(filter(None, parts)) + "\n")
+    if output.plot:
+        draw(output.plot, folder / f"{name}.png")
+    print(f"{folder / name}.md\n{output.text}\n", flush=True)
+    return folder / f"{name}.md"
+
+
+def draw(plot: Callable, file: Path) -> None:
+    """A PNG at README width, where the extra [plot] is installed."""
+    try:
+        figure = styled(plot)
+    except ImportError as error:
+        print(f"skipped {file.name}: {error}; pip install '.[plot]' draws it")
+        return
+    write(file, partial(figure.savefig, format="png"))
+
+
+def styled(plot: Callable):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    style = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),  # safe for colour-blind eyes
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        plot(figure)
+    return figure
+
+
+# ------------------------------------------------------------ pages with figures in them
+
+
+def fence(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def readme(page: str) -> str:
+    """A page with what stands between its markers taken from results/."""
+
+    def content(match: re.Match) -> str:
+        text = (experiments.lab.ROOT / "results" / match[2]).read_text()
+        table = re.search("<!-- table -->\n(.*?)\n<!-- end -->", text, re.S)
+        return f"{match[1]}{table[1] if table else fence(text)}\n<!-- end -->"
+
+    text = (experiments.lab.ROOT / page).read_text()
+    return re.sub(r"(<!-- results/(\S+) -->\n).*?<!-- end -->", content, text, flags=re.S)
+
+
+def fill_pages() -> None:
+    """Every page's figures anew, the summary of all datasets first."""
+    write(
+        experiments.lab.ROOT / "results" / "summary.md",
+        f"<!-- table -->\n{summary()}\n<!-- end -->\n",
+    )
+    for page in PAGES:
+        file = experiments.lab.ROOT / page
+        if file.exists():
+            write(file, readme(page))
+
+
+# ------------------------------------------------------------ all datasets on one page
+
+
+def summary() -> str:
+    """Table 4's Recall@20 of every dataset side by side, with p over LightGCN."""
+    tables = {}
+    for file in sorted((experiments.lab.ROOT / "results").glob("*/table4.json")):
+        rows = data.read_json(file, "rows")["rows"]
+        tables[file.parent.name] = {row["model"]: row for row in rows}
+    models = dict.fromkeys(model for table in tables.values() for model in table)
+    rows = []
+    for model in models:
+        cells = {name: summary_cell(table.get(model)) for name, table in tables.items()}
+        rows.append({"model": model, **cells})
+    return markdown(rows, {"model": "model"} | {name: name for name in tables})
+
+
+def summary_cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    figure = cell(row["recall@20"])
+    if "p" not in row:
+        return figure
+    return f"{figure} ({row['gain']['recall@20']:+.1%}, p = {cell(row['p'])})"

@@ -1,0 +1,162 @@
+"""The search behind every preset: small, logged, on validation, equal for all models.
+
+    python -m experiments tune [--data DIR] [--tries N]
+
+results/<dataset>/tune.md lists every try; `lab.settings` reads the best from its .json. A
+model of baselines/ brings its space along (`SPACE`); those of PromptMM are here.
+"""
+
+import zlib
+
+import numpy as np
+
+from baselines import MODELS
+from experiments.lab import QUICK, Job, Lab, judge, learn_all
+from experiments.publish import Output, markdown
+from promptmm import Config
+
+REDRAWN = 1 / 3  # the probability that a try draws a setting anew
+SPACES = {  # besides those of baselines/, and after them
+    "Teacher": {
+        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2),
+        "teacher_layers": (1, 2, 3, 4),
+        "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+        "weight_modal": (0.01, 0.1, 1.0),
+        "lambda_prompt": (0.01, 0.1, 1.0),
+        "dropout": (0.0, 0.2, 0.5),
+        "tokens": ("mean", "concat"),
+    },
+    "PromptMM": {
+        "lr_student": (2e-3, 5e-3, 1e-2, 2e-2),
+        "batch_student": (2048, 4096, 8192),
+        "l2_student": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "student_layers": (1, 2, 3, 4),
+        "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
+        "lambda_list": (0.01, 0.03, 0.1, 0.3),
+        "lambda_embed": (0.03, 0.1, 0.3, 1.0),
+        "beta": (1.0, 8.0),
+        "temperature": (1.0, 2.0),
+        "gamma": (1.0, 2.0, 3.0),
+        "negatives": (5, 10, 50),
+        "tune_prompt": (True, False),
+    },
+}
+# Of each first try, what earlier single runs had shown; "all": for every model.
+CITEULIKE = {
+    "all": {"eval_every": 4, "patience": 10},  # as long a wait, half the evaluations
+    "Teacher": {"batch": 8192, "lr_teacher": 0.01},
+    "PromptMM": {"tune_prompt": False},
+}
+START = {
+    "synthetic": {
+        "all": {"dim": 32, "patience": 10},
+        "Teacher": {"lr_teacher": 0.02, "batch": 2048},
+        "PromptMM": {"lr_student": 0.02, "batch_student": 2048},
+    },
+    "citeulike": CITEULIKE,
+    "citeulike_tag": CITEULIKE,
+    "tiktok": {"Teacher": {"fusion": 0.1}, "PromptMM": {"tune_prompt": False}},
+}
+ONE_STREAM = ("MF-BPR", "LightGCN", "Teacher", "PromptMM")  # as when the presets were made
+
+
+def tune(lab: Lab, tries: int) -> Output:
+    """Random local search on validation with one seed, equally many tries for every model.
+
+    PromptMM's are shared by its teacher and its student, half each. A try redraws each
+    setting of the best so far with probability 1/3. Teacher and student begin as the best
+    LightGCN found, but for what START says; the student is searched under the best teacher.
+    """
+    spaces = {model: kind.SPACE for model, kind in MODELS.items()} | SPACES
+    budget = dict.fromkeys(spaces, tries)
+    budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
+    stream = np.random.default_rng(0)
+    rows, best = [], {}
+    for model, space in spaces.items():
+        rng = stream if model in ONE_STREAM else own_stream(model)
+        first = beginning(model, best) | given(lab.dataset.name, model)
+        found = search_model(lab, model, first, space, budget[model], rng)
+        best[model] = max(found, key=lambda row: row["validation"])["settings"]
+        rows += found
+    for row in rows:
+        row["shown"] = ", ".join(
+            f"{name} {value}" for name, value in row["settings"].items()
+        )
+        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
+    columns = {
+        "model": "model",
+        "validation": "validation Recall@20",
+        "shown": "settings",
+        "chosen": "",
+    }
+    note = "random search; the test split is not read; settings not named are the defaults"
+    title = f"Search on {lab.dataset.name}, validation split, seed 0"
+    extra = {"best": best, "tried": tries, "tries": budget, "fingerprint": lab.fingerprint}
+    return Output(title, rows, markdown(rows, columns), note, extra=extra)
+
+
+def search_model(
+    lab: Lab, model: str, first: dict, space: dict, budget: int, rng: np.random.Generator
+) -> list[dict]:
+    """`budget` different settings of one model, each with its validation Recall@20."""
+    kind = MODELS[model].Settings if model in MODELS else Config
+    best, highest = first, -1.0
+    seen, rows = [], []
+    for _ in range(100 * budget):  # a small space may hold fewer settings than the budget
+        drawn = draw(space, rng)
+        if not seen:
+            drawn = {}  # the first try is the beginning itself
+        chosen = best | drawn
+        config = kind(**chosen | (QUICK if lab.quick else {}))
+        if config in seen:
+            continue
+        seen.append(config)
+        title = f"tune {len(seen)} of {budget} {drawn},"
+        learn_all(lab, title, [Job(model, config)])
+        recall = float(judge(lab, model, config, split="val")["recall@20"].mean())
+        rows.append({"model": model, "validation": recall, "settings": chosen})
+        if recall > highest:
+            highest, best = recall, chosen
+        if len(seen) == budget:
+            break
+    return rows
+
+
+def draw(space: dict[str, tuple], rng: np.random.Generator) -> dict:
+    """New values for some of the settings."""
+    drawn = {}
+    for name, values in space.items():
+        if rng.random() < REDRAWN:
+            drawn[name] = values[rng.integers(len(values))]
+    return drawn
+
+
+def beginning(model: str, best: dict[str, dict]) -> dict:
+    """What a model's first try takes over from the best of others."""
+    if model not in SPACES:
+        return {}
+    like = MODELS["LightGCN"].Settings(**best["LightGCN"])
+    if model == "Teacher":
+        return {
+            "batch": like.batch,
+            "l2": like.l2,
+            "lr_teacher": like.lr_student,
+            "teacher_layers": like.student_layers,
+        }
+    return best["Teacher"] | {
+        "batch_student": like.batch,
+        "l2_student": like.l2,
+        "lr_student": like.lr_student,
+        "student_layers": like.student_layers,
+    }
+
+
+def given(dataset: str, model: str) -> dict:
+    """START's part for a model."""
+    start = START.get(dataset, {})
+    return start.get("all", {}) | start.get(model, {})
+
+
+def own_stream(model: str) -> np.random.Generator:
+    """Random numbers of a model's own, so that a new model moves no other's search."""
+    return np.random.default_rng(zlib.crc32(model.encode()))
