@@ -11,7 +11,8 @@ A model is a file and a line in MODELS. Its class has
     each_epoch()        optional: what is drawn or rebuilt anew each epoch
 
 and a docstring that says what differs from its paper. `common.train` trains any of them
-with the core's own loop; tests/test_registry.py holds each to the same contract.
+with the core's own loop; tests/test_registry.py holds each to the same contract. What needs
+no training at all (profiles of the content, LightGCN plus profiles) is in profile.py.
 """
 
 from baselines.lightgcn import LightGCN

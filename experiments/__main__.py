@@ -26,6 +26,7 @@ import torch
 
 import data
 import experiments.lab
+from baselines import MODELS
 from data import DataError, Parser, need, write
 from experiments import bench
 from experiments.ablation import figure3, options, table5
@@ -34,7 +35,7 @@ from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
-from experiments.lab import Lab, bare, digest, names, settings
+from experiments.lab import Lab, bare, digest, settings
 from experiments.printed import counts, figure2, table8, table9
 from experiments.publish import Output, fill_pages, publish
 from experiments.sensitivity import figure4
@@ -104,7 +105,8 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
     """What a finished part depends on: the models by name, its own code, what was asked."""
     models = []
     if part is not TUNE:  # whose outcome the models' settings are
-        models = [lab.folder(model, settings(lab, model)).name for model in names()[1:]]
+        trained = (*MODELS, "Teacher", "PromptMM")
+        models = [lab.folder(model, settings(lab, model)).name for model in trained]
     code = bare(Path(getsourcefile(part.function)).read_text())
     return digest([models, code, lab.seeds, lab.quick, str(lab.out), more])
 

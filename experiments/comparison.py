@@ -66,7 +66,7 @@ def table3(lab: Lab) -> Output:
 
 def table4(lab: Lab, seeds: int) -> Output:
     """Comparison under one protocol."""
-    jobs = {model: Job(model, settings(lab, model)) for model in names()}
+    jobs = {model: Job(model, settings(lab, model)) for model in names(lab)}
     rows = compare(lab, "Table 4", jobs, seeds, REFERENCE)
     budget = "settings not tuned on these data"
     if found := search(lab):

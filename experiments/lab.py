@@ -39,10 +39,19 @@ import baselines.common
 import data
 import distillers.common
 from baselines import MODELS
+from baselines.profile import late_fusion, profile
 from data import Dataset, need, write
 from distillers import METHODS
 from evaluate import evaluate, paired_test
-from promptmm import Config, Run, Teacher, most_popular, train_student, train_teacher
+from promptmm import (
+    Config,
+    Pair,
+    Run,
+    Teacher,
+    most_popular,
+    train_student,
+    train_teacher,
+)
 
 CODE = Path(__file__).resolve().parent.parent
 ROOT = CODE  # what holds runs/ and results/
@@ -58,9 +67,17 @@ Values = dict[str, np.ndarray]  # by metric, of each seed and user [seeds, users
 TESTED = {"p": "recall@20", "p_ndcg": "ndcg@20"}  # the paired tests of a row
 
 
-def names() -> tuple[str, ...]:
-    """The rows of Table 4; a new model of baselines/ joins them by its line in MODELS."""
-    return ("MostPop", *MODELS, "Teacher", "PromptMM")
+FUSED = "LightGCN + profile"  # trained as LightGCN is, and nothing more
+
+
+def names(lab: "Lab") -> tuple[str, ...]:
+    """The rows of Table 4, a ladder; a new model joins them by its line in MODELS."""
+    profiles = [f"Profile ({m})" for m in lab.dataset.features]
+    return ("MostPop", *profiles, *MODELS, FUSED, "Teacher", "PromptMM")
+
+
+def is_untrained(model: str) -> bool:
+    return model == "MostPop" or model.startswith("Profile (")
 
 
 def is_taught(model: str) -> bool:
@@ -299,7 +316,9 @@ def with_teachers(jobs: Iterable[Job]) -> Iterator[Job]:
     for job in jobs:
         if is_taught(job.model):
             yield job._replace(model="Teacher")
-        if job.model != "MostPop":
+        if job.model == FUSED:
+            yield job._replace(model="LightGCN")
+        elif not is_untrained(job.model):
             yield job
 
 
@@ -316,20 +335,36 @@ def log_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> list[Tensor]:
-    """E_u, E_i of a trained model; popularity as embeddings of width 1 for MostPop."""
-    if model == "MostPop":
-        return list(most_popular(lab.dataset.train, lab.device))
+    """E_u [U, e], E_i [I, e] of any row of Table 4."""
+    if is_untrained(model):
+        return list(untrained(lab, model))
+    if model == FUSED:
+        pair, _ = late_fusion(lab.dataset, tuple(embeddings(lab, "LightGCN", config)))
+        return list(pair)
     with np.load(learn(lab, model, config, kind) / "embeddings.npz") as stored:
         return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
+
+
+def untrained(lab: Lab, model: str) -> Pair:
+    """Popularity as embeddings of width 1, or the profile of one modality."""
+    train = lab.dataset.train
+    if model == "MostPop":
+        return most_popular(train, lab.device)
+    x = lab.dataset.features[model.removeprefix("Profile (").removesuffix(")")]
+    return profile(train, x, lab.device)
 
 
 def judge(
     lab: Lab, model: str, config: Config, kind: type = Teacher, split: str = "test"
 ) -> dict[str, np.ndarray]:
     """Metrics of each evaluated user [n] by name; on test, of the selected epoch only."""
-    if model == "MostPop":
+    if is_untrained(model):
         return per_user(lab, Job(model, config), split)
-    file = learn(lab, model, config, kind) / f"{split}.npz"
+    if model == FUSED:  # kept beside its LightGCN, under the digest of its own code
+        name = f"fused-{code_digest((Path(inspect.getsourcefile(profile)),))}-{split}.npz"
+        file = learn(lab, "LightGCN", config) / name
+    else:
+        file = learn(lab, model, config, kind) / f"{split}.npz"
     if file.exists():
         with np.load(file) as stored:
             return dict(stored)
@@ -417,6 +452,7 @@ def tries(found: dict) -> dict[str, int]:
 
 def settings(lab: Lab, model: str = "PromptMM") -> Config:
     """What the search chose for a model on these data; without a search the defaults."""
+    model = "LightGCN" if model == FUSED else model
     kind = MODELS[model].Settings if model in MODELS else Config
     chosen = search(lab).get("best", {}).get(model, {})
     return kind(**chosen | (QUICK if lab.quick else {}))

@@ -315,9 +315,12 @@ def test_a_new_model_needs_one_line(tiny, tmp_path, monkeypatch):
     rows = table4(place, 1).rows
     assert [row["model"] for row in rows] == [
         "MostPop",
+        "Profile (visual)",
+        "Profile (text)",
         "MF-BPR",
         "LightGCN",
         "Odd",
+        "LightGCN + profile",
         "Teacher",
         "PromptMM",
     ]
