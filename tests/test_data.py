@@ -5,6 +5,9 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -523,6 +526,24 @@ def test_synthetic_is_deterministic_and_valid():
     assert_same(one, two)
     assert data.fingerprint(one) == data.fingerprint(two) != data.fingerprint(other)
     assert data.validate(data.synthetic()) == []
+
+
+def test_synthetic_is_the_same_with_any_number_of_threads():
+    """Sums in a fixed order: BLAS would split them by thread, last bits and all."""
+    command = [
+        sys.executable,
+        "-c",
+        "import data; print(data.fingerprint(data.synthetic()))",
+    ]
+    prints = []
+    for threads in ("1", "2"):
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = os.environ | dict.fromkeys(names, threads)
+        root = Path(data.__file__).parent
+        prints.append(
+            subprocess.check_output(command, env=environment, cwd=root, text=True)
+        )
+    assert prints[0] == prints[1] == data.fingerprint(data.synthetic()) + "\n"
 
 
 def test_synthetic_plants_what_it_says():
