@@ -263,17 +263,18 @@ def fill_pages() -> None:
 
 
 def summary() -> str:
-    """Table 4's Recall@20 of every dataset side by side, with p over LightGCN."""
+    """Table 4's Recall@20 of every dataset side by side; single profiles are left out."""
     tables = {}
     for file in sorted((experiments.lab.ROOT / "results").glob("*/table4.json")):
         rows = data.read_json(file, "rows")["rows"]
         tables[file.parent.name] = {row["model"]: row for row in rows}
-    models = dict.fromkeys(model for table in tables.values() for model in table)
+    longest = max(tables.values(), key=len)  # the rows in the ladder's order
     rows = []
-    for model in models:
+    for model in longest:
         cells = {name: summary_cell(table.get(model)) for name, table in tables.items()}
-        rows.append({"model": model, **cells})
-    return markdown(rows, {"model": "model"} | {name: name for name in tables})
+        if not model.startswith("Profile ("):
+            rows.append({"model": model, **cells})
+    return plain(rows)
 
 
 def summary_cell(row: dict | None) -> str:
