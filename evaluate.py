@@ -24,12 +24,12 @@ def evaluate(
 
     user [U, d], item [I, d] on any device; target, exclude [U, I] scipy CSR. For each K:
 
-    recall@K       hits / |T_u|
-    ndcg@K         Σ_hits 1/log2(rank+1) over that of the best list, min(K, |T_u|) hits
-    precision@K    hits / K
-    hit@K          1 if any target is in the list
-    ndcg_released@K    the released code's: its ideal is made from the hits retrieved in the
-                   longest list, not from the targets (errata C6)
+    recall@K         hits / |T_u|
+    ndcg@K           DCG = Σ_hits 1/log2(rank + 1), over that of min(K, |T_u|) hits on top
+    precision@K      hits / K
+    hit@K            1 if any target is in the list
+    ndcg_released@K  the released code's: its ideal is made from the hits retrieved in the
+                     longest list, not from the targets (errata C6)
 
     With `per_user`, also "users" [n] and "per_user", the same names with arrays [n]. Raises
     ValueError for another shape or no target, FloatingPointError for NaN or infinity.
@@ -67,13 +67,13 @@ def evaluate(
 
 
 def _hits(user, item, target, exclude, users: np.ndarray, longest: int) -> Tensor:
-    """Which ranks of these users' lists hold a target: bool [n, longest]."""
-    scores = user[torch.from_numpy(users).to(user.device)] @ item.T  # [n, I]
+    """Which ranks of these c users' lists hold a target: bool [c, longest]."""
+    scores = user[torch.from_numpy(users).to(user.device)] @ item.T  # [c, I]
     scores[_cells(exclude, users, user.device)] = -torch.inf
-    relevant = torch.zeros_like(scores, dtype=torch.bool)  # [n, I]
+    relevant = torch.zeros_like(scores, dtype=torch.bool)  # [c, I]
     relevant[_cells(target, users, user.device)] = True
     values, index = top_items(scores, longest)
-    return relevant.gather(-1, index) & (values > -torch.inf)  # excluded: no candidate
+    return relevant.gather(-1, index) & (values > -torch.inf)  # an excluded item is no hit
 
 
 def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor, ...]:
@@ -144,12 +144,13 @@ def recommend(
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Is `a` better than `b`? Values [users], or [seeds, users], averaged over seeds.
+    """Do `a` and `b` differ? Values [users], or [seeds, users], averaged over seeds.
 
     Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and
-    two-sided p-values: `p_bootstrap` (users resampled in pairs; never below 1/draws) and
-    `p_wilcoxon`. Users are drawn, seeds are not: the p-value holds for the seeds at hand.
-    Raises ValueError for another number of users.
+    two-sided p-values. `p_bootstrap`: users are resampled, both values of a user together;
+    twice the smaller share of means on one side of 0, at least 1/draws. Seeds are not
+    resampled: it holds for the seeds at hand. `p_wilcoxon`: over users. Raises ValueError
+    for another number of users.
 
     >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
     >>> result = paired_test(a, b)

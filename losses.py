@@ -1,8 +1,9 @@
 """The objective, term by term: three distillation losses, and BPR (Section 3.2).
 
-Pure functions of tensors and numbers, each a mean over the batch, so that no weight depends
-on the batch size (errata P8). They take *one modality's* tensors; the caller sums over m.
-Nothing here detaches an argument: prompt tuning needs the gradient on the teacher's side.
+Pure functions of tensors and numbers, each a mean over batch or items, so that no weight
+depends on the batch size (errata P8). `list_kd` and `embed_kd` take *one modality's*
+targets; the caller sums over m. Nothing here detaches an argument: prompt tuning needs the
+gradient on the teacher's side.
 
 Read in the paper's order: Eq. 5, 6-7, 8-10 and 14-16, 11, 13; `promptmm.student_terms` adds
 them up (Eq. 12).
@@ -20,9 +21,9 @@ def pair_kd(
 ) -> Tensor:
     """Pair-wise distillation (Eq. 5, corrected: errata P1): is i+ better than i- for u?
 
-        τ² · mean [ p log(p / s) + (1-p) log((1-p) / (1-s)) ]
+        τ² · mean [ t log(t / s) + (1-t) log((1-t) / (1-s)) ]
 
-        p = σ(m_T / τ),  s = σ(m_S / τ),  m = e_u·e_i+ - e_u·e_i-
+        t = σ(Δ_T / τ),  s = σ(Δ_S / τ),  Δ = e_u·e_i+ - e_u·e_i-
 
     margins [B] -> []. The two sides of the binary question sum to one, which the printed
     formula's do not: so this is a divergence, zero exactly where the margins agree.
@@ -43,28 +44,27 @@ def pair_kd(
 def disentangle(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Split a list's softmax in two (Eq. 6, 7; errata P4, P5). Column 0 is the positive.
 
-        b = [b+, b-]:  the positive against all negatives together            (Eq. 6)
-        q_k = exp(y_k) / Σ_{j≥2} exp(y_j):  the negatives among themselves    (Eq. 7)
+        b = [b+, 1 - b+],  b+ = exp(y_1) / Σ_j exp(y_j):  positive or not    (Eq. 6)
+        q_k = exp(y_k) / Σ_{j≥2} exp(y_j):  negatives among themselves       (Eq. 7)
 
     logits [B, K], K ≥ 2 -> (log b [B, 2], log q [B, K-1]); finite for logits of ±1e4.
     Raises ValueError for K < 2.
 
-    >>> binary, negatives = disentangle(torch.tensor([[2.0, 1.0, 0.0]]))
-    >>> [round(b, 4) for b in binary.exp()[0].tolist()]
+    >>> log_b, log_q = disentangle(torch.tensor([[2.0, 1.0, 0.0]]))
+    >>> [round(b, 4) for b in log_b.exp()[0].tolist()]
     [0.6652, 0.3348]
-    >>> [round(q, 4) for q in negatives.exp()[0].tolist()]
+    >>> [round(q, 4) for q in log_q.exp()[0].tolist()]
     [0.7311, 0.2689]
     """
     if logits.shape[-1] < 2:
-        raise ValueError(
-            f"expected K ≥ 2, a positive and a negative, found K = {logits.shape[-1]}"
-        )
+        raise ValueError(f"a list: expected K ≥ 2, found K = {logits.shape[-1]}")
     positive = logits[:, :1]  # [B, 1]
     negatives = logits[:, 1:]  # [B, K-1]
     whole = logits.logsumexp(-1, keepdim=True)  # [B, 1]
     rest = negatives.logsumexp(-1, keepdim=True)  # [B, 1]
-    binary = torch.cat([positive, rest], dim=-1) - whole  # log b, Eq. 6  [B, 2]
-    return binary, negatives - rest  # log q, Eq. 7  [B, K-1]
+    log_b = torch.cat([positive, rest], dim=-1) - whole  # Eq. 6  [B, 2]
+    log_q = negatives - rest  # Eq. 7  [B, K-1]
+    return log_b, log_q
 
 
 def list_kd(
@@ -74,16 +74,20 @@ def list_kd(
     beta: float | str = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """List-wise distillation of one modality, disentangled and re-weighted (Eq. 10).
+    """List-wise distillation of one modality: Eq. 10, signs corrected (errata P2).
 
         τ² · mean [ α KL(b_T ‖ b_S) + β KL(q_T ‖ q_S) ]
 
-    logits [B, K] -> []. Vanilla KL is the case α = 1, β = b-_T = 1 - b+_T: Eq. 8 sums over
-    the list, Eq. 9 writes y_k = b- q_k (Eq. 15), and collecting the logarithms gives Eq.
-    16. That β varies by row, and `beta="identity"` asks for it; being an identity it
-    re-weights nothing, so it *is* the ablation "w/o disentangle" (errata P2, P3). Constants
-    α, β free of the teacher's confidence are the re-weighting (decoupled distillation, Zhao
-    et al., CVPR 2022). Raises ValueError for another text than "identity".
+    logits [B, K] -> []. The paper's own weights are α = 1, β = b-_T = 1 - b+_T, and that is
+    plain KL again. With π = softmax(y / τ):
+
+        KL(π_T ‖ π_S) = Σ_k π_k^T log(π_k^T / π_k^S)          (Eq. 14; k = 1 apart: Eq. 8)
+        π_1 = b+,  π_k = b- q_k for k ≥ 2                     (Eq. 9, Eq. 15)
+                      = KL(b_T ‖ b_S) + b-_T KL(q_T ‖ q_S)    (Eq. 16)
+
+    An identity re-weights nothing, so `beta="identity"` *is* the ablation "w/o disentangle"
+    (errata P3). Constants α, β, free of the teacher's confidence, are the re-weighting
+    (decoupled distillation, Zhao et al., CVPR 2022). Raises ValueError for another text.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(list_kd(student, teacher, beta="identity").item(), 4)  # equals kl(...) below
@@ -93,18 +97,18 @@ def list_kd(
     """
     if isinstance(beta, str) and beta != "identity":
         raise ValueError(f"beta: expected a number or 'identity', found {beta!r}")
-    binary_s, negatives_s = disentangle(student_logits / temperature)
-    binary_t, negatives_t = disentangle(teacher_logits / temperature)
-    weight = binary_t[:, 1].exp() if isinstance(beta, str) else beta  # b-_T, Eq. 16
-    on_b = _kl_rows(binary_s, binary_t)  # [B]
-    on_q = _kl_rows(negatives_s, negatives_t)  # [B]
+    log_b_s, log_q_s = disentangle(student_logits / temperature)
+    log_b_t, log_q_t = disentangle(teacher_logits / temperature)
+    weight = log_b_t[:, 1].exp() if isinstance(beta, str) else beta  # b-_T = 1 - b+_T
+    on_b = _kl_rows(log_b_t, log_b_s)  # [B]
+    on_q = _kl_rows(log_q_t, log_q_s)  # [B]
     return temperature**2 * (alpha * on_b + weight * on_q).mean()
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The plain list-wise divergence (Eq. 14): τ² · mean KL(y_T ‖ y_S).
+    """The plain list-wise divergence (Eq. 14): τ² · mean KL(π_T ‖ π_S).
 
-    logits [B, K] on both sides -> []; y = softmax(logits / τ) (errata P4).
+    logits y [B, K] on both sides -> []; π = softmax(y / τ) (errata P4).
 
     >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(kl(student, teacher).item(), 4)
@@ -112,12 +116,12 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     """
     student = (student_logits / temperature).log_softmax(-1)  # [B, K]
     teacher = (teacher_logits / temperature).log_softmax(-1)  # [B, K]
-    return temperature**2 * _kl_rows(student, teacher).mean()
+    return temperature**2 * _kl_rows(teacher, student).mean()
 
 
-def _kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each row of log-probabilities: [B, K], [B, K] -> [B]."""
-    return (teacher.exp() * (teacher - student)).sum(-1)
+def _kl_rows(log_t: Tensor, log_s: Tensor) -> Tensor:
+    """KL(t ‖ s) of each row of log-probabilities: [B, K], [B, K] -> [B]."""
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 # ------------------------------------------------------------ embeddings

@@ -1,7 +1,7 @@
 """PromptMM: a multi-modal teacher, a prompt that adapts it, a student that serves alone.
 
 Wei et al., "PromptMM: Multi-Modal Knowledge Distillation for Recommendation with
-Prompt-Tuning", WWW 2024. This file follows the paper's Section 3 from top to bottom:
+Prompt-Tuning", WWW 2024. This file follows Section 3, each part after what it needs:
 
     settings    Config: every setting, with its source
     graph       Â and LightGCN propagation
@@ -12,20 +12,20 @@ Prompt-Tuning", WWW 2024. This file follows the paper's Section 3 from top to bo
     training    one loop for both stages
     stages      stage 1, stage 2, and the final evaluation
     command     python promptmm.py [--data DIR] [--help]
-    products    the two sparse products, faster: skip at first
+    products    two products, faster: skip at first
 
-The distillation losses (Eq. 5-11, 14-16) are in losses.py. Where the paper leaves a gap or
+The losses (Eq. 5-11, 13-16) are in losses.py. Where the paper leaves a gap or
 errs, the comment names an entry of docs/differences.md (P1-P13 paper, C1-C28 released
 code).
 
     paper                   code                                      shape
     A, E, U, I              dataset.train (scipy CSR, 0/1)            [U, I]
-    x^m                     dataset.features["visual"]                [I, d_m]
+    x^m                     teacher.features[m], standardised         [I, d_m]
     Â                       adjacency (scipy CSR)                     [U+I, U+I]
-    Â_ui, Â_iu              graph.to_users, graph.to_items            [U, I], [I, U]
-    η(x^m)                  tokens (width d, or |M| d side by side)   [I, width]
-    p, p^m                  prompt; p^m is never formed               [I, d], [I, d_m]
-    θ_P                     theta: W_P stacked on b_P                 [width+1, d]
+    Â_ui, Â_iu              graph.ui, graph.iu                        [U, I], [I, U]
+    η(x^m)                  tokens: their mean, or side by side       [I, width]
+    p, p^m                  p; p^m is never formed                    [I, d], [I, d_m]
+    θ_P                     theta: W_Pᵀ stacked on b_P                [width+1, d]
     f^m                     reduced[m]                                [I, d]
     F_u^m, F_i^m            user_modal[m], item_modal[m]              [U, d], [I, d]
     E_u^T, E_i^T            teacher_user, teacher_item                [U, d], [I, d]
@@ -57,7 +57,7 @@ from evaluate import evaluate, ladder, recommend
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
-Pair = tuple[Tensor, Tensor]  # of users [U, d] and of items [I, d]
+Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
 Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
 
@@ -68,7 +68,7 @@ def setting(default, meaning: str, choices=(), low=0, high=np.inf, *, of: str) -
     """A field of Config: what it means, what it may be, and whose it is.
 
     of: both stages, teacher (stage 1), student, distillation (stage 2) or run (no model).
-    What names a cached model is derived from it.
+    `experiments` names a cached model by the settings that are its own.
     """
     return field(
         default=default,
@@ -100,8 +100,10 @@ class Config:
     lambda_pair: float = of_kd(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
     lambda_list: float = of_kd(0.1, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = of_kd(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
-    alpha: float = of_kd(1.0, "α of KL(b) in Eq. 10 (decoupled distillation's default)")
-    beta: float | str = of_kd(1.0, "β of KL(q) in Eq. 10, or (ours)", ("identity",))
+    alpha: float = of_kd(1.0, "α, weight of KL(b) in Eq. 10 (paper: 1)")
+    beta: float | str = of_kd(
+        1.0, "β, weight of KL(q) (ours); the paper's 1 - b+:", ("identity",)
+    )
     temperature: float = of_kd(1.0, "τ of the softened logits (ours)", low=1e-3)
     gamma: float = of_kd(2.0, "γ of Eq. 11 (released code)", low=1)
     negatives: int = of_kd(10, "K-1, negatives of a list (released code)", low=1, high=1e5)
@@ -137,64 +139,9 @@ class Config:
             self.weight_modal or not self.lambda_list,
             "weight_modal: expected > 0 for lists",
         )
-        narrow = self.dim_student not in (0, self.dim)
-        need(not (self.warm_start and narrow), "dim_student: expected d for a warm start")
+        other = self.dim_student not in (0, self.dim)
+        need(not (self.warm_start and other), "dim_student: expected d for a warm start")
 
-
-# What `python -m experiments tune` found on validation, by dataset, where it differs from
-# the defaults. The embedded data take theirs unasked; `citeulike` was searched with its
-# tags.
-PRESETS: dict[str, dict] = {
-    "synthetic": {
-        "dim": 32,
-        "patience": 10,
-        "l2": 0.01,
-        "teacher_layers": 3,
-        "fusion": 0.5,
-        "dropout": 0.5,
-        "weight_modal": 0.01,
-        "student_layers": 3,
-        "lr_student": 0.02,
-        "batch_student": 2048,
-        "l2_student": 0.003,
-        "beta": 8.0,
-        "tune_prompt": False,
-    },
-    "tiktok": {
-        "batch": 4096,
-        "l2": 0.003,
-        "teacher_layers": 4,
-        "fusion": 0.1,
-        "student_layers": 4,
-        "batch_student": 4096,
-        "l2_student": 0.003,
-        "lambda_pair": 0.3,
-        "lambda_list": 0.03,
-        "lambda_embed": 0.03,
-        "negatives": 5,
-        "tune_prompt": False,
-    },
-    "citeulike": {
-        "eval_every": 4,
-        "patience": 10,
-        "batch": 8192,
-        "lr_teacher": 0.01,
-        "batch_student": 2048,
-        "l2_student": 0.0003,
-        "lambda_pair": 3.0,
-        "lambda_embed": 0.3,
-        "tune_prompt": False,
-    },
-}
-# The same searches' best LightGCN: trained beside PromptMM, and by --student-only.
-LIGHTGCN: dict[str, dict] = {
-    "synthetic": {"dim": 32, "patience": 10, "student_layers": 3, "l2": 0.01},
-    "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
-    "citeulike": {"eval_every": 4, "patience": 10},
-}
-NO_TEACHER = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # LightGCN
-RUN_FILES = "config.json log.csv teacher.pt prompt.pt student.npz metrics.json".split()
-WORKING_FILES = "state.pt alone.pt student.pt".split()  # only while a run lasts
 
 # ------------------------------------------------------------ graph
 
@@ -274,10 +221,10 @@ class PromptModule(Linear):
 
 
 class Layer(NamedTuple):
-    """A modality's reduction before the prompt comes in; G = T₁ᵀX of `reduce`."""
+    """What of a modality's Eq. 4 needs no prompt; see `Teacher.reduce`."""
 
     xw: Tensor  # X W [I, d]
-    gw: Tensor  # G W [width + 1, d]
+    gw: Tensor  # G W [width + 1, d], G = T₁ᵀX
     bias: Tensor  # b [d]
 
 
@@ -315,7 +262,7 @@ class Teacher(nn.Module):
         else:
             self.tokens = torch.stack(eta).mean(0)  # Eq. 3 (errata P10)  [I, d]
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]  [I, width + 1]
-        self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G of `reduce`
+        self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX^m
         self.graph = Graph(dataset.train, device)
         self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
         n_users, n_items = dataset.train.shape
@@ -332,28 +279,29 @@ class Teacher(nn.Module):
         user, item = lightgcn(self.graph, self.user, self.item, self.config.teacher_layers)
         layers = {}
         for (m, x), linear in zip(self.features.items(), self.reduction, strict=True):
-            weight, bias = linear.parameters()  # [d, d_m], [d]
+            weight, bias = linear.parameters()  # Wᵀ [d, d_m], b [d]
             layers[m] = Layer(x @ weight.T, self.gram[m] @ weight.T, bias)
         return Fixed(user, item, layers)
 
-    def reduce(self, m: str, layer: Layer, prompt: Tensor) -> Tensor:
+    def reduce(self, m: str, layer: Layer, p: Tensor) -> Tensor:
         """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m),  p^m = p (pᵀ x^m) / |I|   (Eq. 4; errata P9).
 
-        As printed, for x^m [I, d_m] and p [I, d]:
+        Written out (the paper has no / |I|), for x^m [I, d_m], p [I, d]:
 
             p_m = p @ (p.T @ x) / len(x)                        [I, d_m]
             f = dropout((x + lambda_prompt * p_m) @ W + b)      [I, d]
 
-        P is linear: p = T₁Θ, so pᵀX = ΘᵀG with G = T₁ᵀX, which is known before training.
-        Then p^m W = p Θᵀ(G W) / |I|: no [I, d_m] array is formed, and once XW and GW are
-        known a step costs O(|I| d²). A test holds both forms equal.
+        P is affine: p = T₁ θ_P with T₁ = [tokens, 1], so pᵀX = θ_Pᵀ G with G = T₁ᵀX, which
+        is known before training, and p^m W = p θ_Pᵀ(G W) / |I|. No [I, d_m] array is
+        formed; in stage 2, where XW and GW are constants, a step costs O(|I| d²) a
+        modality. A test holds both forms equal.
         """
         f = layer.xw + layer.bias  # [I, d]
         if self.config.lambda_prompt:
             weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
-            theta = torch.cat([weight.T, bias[None]])  # Θ [width + 1, d]
-            shift = prompt @ (theta.T @ layer.gw)  # |I| p^m W  [I, d]
-            f = f + self.config.lambda_prompt / len(prompt) * shift
+            theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
+            shift = p @ (theta.T @ layer.gw)  # |I| p^m W  [I, d]
+            f = f + self.config.lambda_prompt / len(p) * shift
         return drop(f, self.config.dropout) if self.training else f
 
     def modal_items(self, f: Tensor, user: Tensor) -> Tensor:
@@ -368,16 +316,20 @@ class Teacher(nn.Module):
         return propagated
 
     def forward(self, fixed: Fixed | None = None) -> Encoded:
-        """Eq. 1. With `fixed`, only what depends on the prompt is computed."""
+        """Eq. 1, fused as released: E^T = LightGCN(ids) + c Σ_m unit rows of F^m.
+
+        F_u^m = Â_ui f^m, F_i^m by `modal_items`. With `fixed`, only what depends on the
+        prompt is computed.
+        """
         fixed = fixed or self.fixed()
         c = self.config.fusion
-        prompt = self.prompt(self.tokens)  # p, Eq. 3  [I, d]
+        p = self.prompt(self.tokens)  # Eq. 3  [I, d]
         teacher_user, teacher_item = fixed.user, fixed.item  # [U, d], [I, d]
         user_modal = {}
         item_modal = {}
         reduced = {}
         for m, layer in fixed.layers.items():
-            reduced[m] = self.reduce(m, layer, prompt)  # f^m [I, d]
+            reduced[m] = self.reduce(m, layer, p)  # f^m [I, d]
             user_modal[m] = self.graph.to_users(reduced[m])  # F_u^m [U, d] (errata P12)
             item_modal[m] = self.modal_items(reduced[m], user_modal[m])  # F_i^m [I, d]
             teacher_user = teacher_user + c * F.normalize(user_modal[m], dim=1)
@@ -426,7 +378,7 @@ def scores(user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor) -> Tensor:
-    """The positive's lead over the first negative, inside σ of Eq. 5: [B, K] -> [B]."""
+    """The positive's lead over the first negative, inside σ of Eq. 5, 13: [B, K] -> [B]."""
     return logits[:, 0] - logits[:, 1]
 
 
@@ -447,7 +399,7 @@ def bpr_terms(model, logits: Tensor, users: Tensor, lists: Tensor, l2: float) ->
 
 
 def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
-    """Stage 1, θ_T and θ_P: Eq. 13 on E^T, and on each modality's own ranking."""
+    """Stage 1, θ_T and θ_P: Eq. 13 on E^T, + w_m Σ_m BPR(⟨F_u^m, F_i^m⟩) (errata C20)."""
     config, encoded = teacher.config, teacher()
     logits = scores(encoded.teacher_user, encoded.teacher_item, users, lists)  # [B, 2]
     terms = bpr_terms(teacher, logits, users, lists, config.l2)
@@ -461,11 +413,10 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
 def student_terms(
     student: Student, config: Config, encoded: Encoded | None, users: Tensor, lists: Tensor
 ) -> Losses:
-    """Stage 2: Eq. 12, L = BPR + λ₂ PairKD + λ₃ ListKD + λ₄ EmbKD, term by term.
+    """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ_m ListKD + λ₄ Σ_m EmbKD, by term.
 
     Without `encoded` the student learns alone. Where the prompt is tuned, `encoded` depends
-    on θ_P, and the prompted teacher's own BPR anchors it: the student's has no path to θ_P
-    (errata P11).
+    on θ_P and BPR(E^T) anchors it: the student's own BPR has no path to θ_P (errata P11).
     """
     student_user, student_item = student()  # [U, d], [I, d]
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
@@ -473,7 +424,7 @@ def student_terms(
     if encoded is None:
         return terms
     tau = config.temperature
-    prompt_is_tuned = encoded.teacher_item.requires_grad
+    prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
     anchored = prompt_is_tuned and config.weight_anchor > 0
     if config.lambda_pair or anchored:
         pair = lists[:, :2]  # i+ and the first i-  [B, 2]
@@ -487,7 +438,8 @@ def student_terms(
         terms["list_kd"] = config.lambda_list * torch.stack(losses).sum()
     if config.lambda_embed:
         projected = student.project(student_item)  # [I, d of the teacher]
-        losses = [embed_kd(projected, f, config.gamma) for f in encoded.item_modal.values()]
+        targets = encoded.item_modal.values()  # F_i^m [I, d] each
+        losses = [embed_kd(projected, target, config.gamma) for target in targets]
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
     if anchored:
         terms["prompt_anchor"] = config.weight_anchor * bpr_loss(taught[:, 0], taught[:, 1])
@@ -521,19 +473,20 @@ def train_epoch(
     learner.train()
     history = []
     for users, lists in zip(*(part.split(batch) for part in samples), strict=True):
-        parts = terms(users, lists)
-        values = torch.stack(list(parts.values()))  # [terms]
+        found = terms(users, lists)
+        values = torch.stack(list(found.values()))  # [terms]
         optimiser.zero_grad()
         values.sum().backward()  # the objective is the sum of the dict
         optimiser.step()
         history.append(values.detach())
-    names = list(parts)
-    values = torch.stack(history).cpu()  # [steps, terms]
-    for step, term in (~values.isfinite()).nonzero().tolist():
-        raise FloatingPointError(
-            f"{names[term]} is not finite, from step {step + 1} of an epoch"
-        )
-    return dict(zip(names, values.mean(0).tolist(), strict=True))
+    names = list(found)
+    steps = torch.stack(history).cpu()  # [steps, terms]
+    broken = (~steps.isfinite()).nonzero().tolist()
+    if broken:
+        step, term = broken[0]
+        where = f"from step {step + 1} of an epoch"
+        raise FloatingPointError(f"{names[term]} is not finite, {where}")
+    return dict(zip(names, steps.mean(0).tolist(), strict=True))
 
 
 def fit(
@@ -581,18 +534,19 @@ def fit(
 
 
 def _begin(state: dict, stage: str, learner: nn.Module, optimiser) -> None:
-    """Start a stage, or go on with an interrupted one."""
+    """Go on with an interrupted stage, or start a new one."""
     if state.get("stage") == stage:
         learner.load_state_dict(state["learner"])
         optimiser.load_state_dict(state["optimiser"])
-        return
-    state |= {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0}
+    else:
+        state |= {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0}
 
 
 def _seeded(run: Run, stage: str) -> torch.Generator:
     """Seed an epoch by its number, so that a resumed run draws what it would have drawn.
 
     Dropout draws from torch's own generator, sampling from the one returned: two streams.
+    The student and LightGCN draw the same.
     """
     numbers = run.config.seed, run.state["epoch"], stage == "teacher"
     dropout, sampling = np.random.SeedSequence(numbers).generate_state(2).tolist()
@@ -666,12 +620,11 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded]:
     3.1.2, errata C4, C8).
     """
     teacher.eval().requires_grad_(False)
-    with torch.no_grad():
-        fixed = teacher.fixed()
-        encoded = teacher(fixed)
+    fixed = teacher.fixed()
     if config.tune_prompt and config.lambda_prompt:
         teacher.prompt.requires_grad_(True)
         return lambda: teacher(fixed)
+    encoded = teacher(fixed)
     return lambda: encoded
 
 
@@ -744,8 +697,7 @@ def most_popular(train: sparse.csr_matrix, device) -> Pair:
 
 def _embed(teacher: Teacher) -> Pair:
     with torch.no_grad():
-        encoded = teacher()
-    return encoded.teacher_user, encoded.teacher_item
+        return teacher()[:2]
 
 
 def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
@@ -772,8 +724,8 @@ def _judge(run: Run, ranked: dict[str, Pair]) -> dict[str, Any]:
 
 
 def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
-    """Numbers that are learnt, and frozen ones that a model must carry (errata P13)."""
-    learnt = sum(table.numel() for table in student)
+    """Learnt numbers that serving carries, and frozen ones: "buffers" (errata P13)."""
+    learnt = sum(embeddings.numel() for embeddings in student)
     sizes = {"student": {"trainable": learnt, "buffers": 0}}
     if teacher:
         sizes["teacher"] = {
@@ -784,6 +736,61 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
 
 
 # ------------------------------------------------------------ command line
+
+# What `python -m experiments tune` found on validation, by dataset, where it differs from
+# the defaults. The embedded data take theirs unasked; `citeulike` was searched with its
+# tags.
+PRESETS: dict[str, dict] = {
+    "synthetic": {
+        "dim": 32,
+        "patience": 10,
+        "l2": 0.01,
+        "teacher_layers": 3,
+        "fusion": 0.5,
+        "dropout": 0.5,
+        "weight_modal": 0.01,
+        "student_layers": 3,
+        "lr_student": 0.02,
+        "batch_student": 2048,
+        "l2_student": 0.003,
+        "beta": 8.0,
+        "tune_prompt": False,
+    },
+    "tiktok": {
+        "batch": 4096,
+        "l2": 0.003,
+        "teacher_layers": 4,
+        "fusion": 0.1,
+        "student_layers": 4,
+        "batch_student": 4096,
+        "l2_student": 0.003,
+        "lambda_pair": 0.3,
+        "lambda_list": 0.03,
+        "lambda_embed": 0.03,
+        "negatives": 5,
+        "tune_prompt": False,
+    },
+    "citeulike": {
+        "eval_every": 4,
+        "patience": 10,
+        "batch": 8192,
+        "lr_teacher": 0.01,
+        "batch_student": 2048,
+        "l2_student": 0.0003,
+        "lambda_pair": 3.0,
+        "lambda_embed": 0.3,
+        "tune_prompt": False,
+    },
+}
+# The same searches' best LightGCN: trained beside PromptMM, and by --student-only.
+LIGHTGCN: dict[str, dict] = {
+    "synthetic": {"dim": 32, "patience": 10, "student_layers": 3, "l2": 0.01},
+    "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
+    "citeulike": {"eval_every": 4, "patience": 10},
+}
+NO_TEACHER = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # LightGCN
+RUN_FILES = "config.json log.csv teacher.pt prompt.pt student.npz metrics.json".split()
+WORKING_FILES = "state.pt alone.pt student.pt".split()  # only while a run lasts
 
 
 def _parser() -> Parser:
@@ -823,7 +830,7 @@ def _start(args: argparse.Namespace) -> Run:
     source = args.data or stored.get("data")
     device = data.pick_device(args.device)
     config = _chosen(LIGHTGCN if args.student_only else PRESETS, args, stored, source)
-    lightgcn = _chosen(LIGHTGCN, args, stored.get("lightgcn", {}), source)
+    beside = _chosen(LIGHTGCN, args, stored.get("lightgcn", {}), source)
     modalities = args.modalities or stored.get("modalities", "")
     dataset = data.load(source, modalities=modalities) if source else data.synthetic()
     facts = {
@@ -833,13 +840,13 @@ def _start(args: argparse.Namespace) -> Run:
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    facts |= vars(config) | {"lightgcn": vars(lightgcn)}
+    facts |= vars(config) | {"lightgcn": vars(beside)}
     if args.resume:
         _same_run(folder, facts, stored)
     _prepare(folder, facts, keep=args.resume)
     file = folder / "state.pt"
     state = data.read_torch(file, device) if file.exists() else {}
-    return Run(folder, dataset, config, device, state, lightgcn)
+    return Run(folder, dataset, config, device, state, beside)
 
 
 def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Config:
