@@ -31,6 +31,7 @@ from data import DataError, Parser, need, write
 from experiments import bench
 from experiments.ablation import figure3, options, table5
 from experiments.comparison import first_run, popularity, table3, table4
+from experiments.controls import controls
 from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
@@ -57,6 +58,7 @@ EVERY = (
     Part("table4", table4, 5, "any"),
     Part("table5", table5, 3, "any"),
     Part("options", options, 3, "embedded"),
+    Part("controls", controls, 5, "embedded"),
     Part("popularity", popularity, 3, "any"),
     Part("table6", table6, 0, "any"),
     Part("table7", table7, 3, "any"),

@@ -392,13 +392,24 @@ def seeded(job: Job, seeds: int) -> list[Job]:
 
 
 def compare(
-    lab: Lab, title: str, rows: dict[str, Job], seeds: int, reference: str
+    lab: Lab,
+    title: str,
+    rows: dict[str, Job],
+    seeds: int,
+    reference: str,
+    elsewhere: dict[str, Lab] | None = None,
 ) -> list[dict]:
-    """Mean, std and runs of each row, a paired test over users against the reference."""
-    learn_all(lab, title, [one for job in rows.values() for one in seeded(job, seeds)])
+    """Mean, std and runs of each row, a paired test over users against the reference.
+
+    elsewhere: rows that are trained on other features for the same interactions.
+    """
+    labs = dict.fromkeys(rows, lab) | (elsewhere or {})
+    for place in {id(one): one for one in labs.values()}.values():
+        jobs = [job for name, job in rows.items() if labs[name] is place]
+        learn_all(place, title, [one for job in jobs for one in seeded(job, seeds)])
     values = {}  # of each row, by metric: [seeds, users]
     for name, job in rows.items():
-        runs = [judge(lab, *one) for one in seeded(job, seeds)]
+        runs = [judge(labs[name], *one) for one in seeded(job, seeds)]
         values[name] = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
     table = []
     for name, found in values.items():

@@ -38,6 +38,7 @@ from experiments import (
     tune,
 )
 from experiments.__main__ import EVERY, PARTS, main, perform
+from experiments.controls import changed, controls, useless
 from experiments.lab import (
     CODE,
     CORE,
@@ -518,6 +519,61 @@ def test_the_comparisons_are_fair_ones(name):
         "protocol",
     }
     assert set(table) >= expected
+
+
+# ------------------------------------------------------------ controls
+
+
+def test_useless_content_is_the_same_content_elsewhere_or_noise_of_its_scale(lab):
+    found = useless(lab)
+    for m, x in lab.dataset.features.items():
+        moved, noise = (found[f"features {how}"][m] for how in ("shuffled", "of noise"))
+        assert sorted(map(bytes, moved)) == sorted(map(bytes, x))
+        assert (moved != x).any(1).mean() > 0.8
+        assert noise.shape == x.shape and noise.dtype == np.float32
+        assert noise.std() == pytest.approx(x.std(), rel=0.2)
+        assert abs(np.corrcoef(noise.ravel(), x.ravel())[0, 1]) < 0.2
+    one, two = found["features shuffled"].values()
+    rows = [
+        np.flatnonzero((x == y[0]).all(1))
+        for x, y in zip(lab.dataset.features.values(), (one, two), strict=True)
+    ]
+    assert rows[0] == rows[1]  # an item's modalities stay together
+
+
+def test_controls_leave_what_they_say(lab, config):
+    change = {
+        name: {
+            key: value for key, value in vars(one).items() if value != getattr(config, key)
+        }
+        for name, one in changed(config).items()
+    }
+    assert change == {
+        "PairKD alone": {"lambda_list": 0.0, "lambda_embed": 0.0},
+        "ListKD alone": {"lambda_pair": 0.0, "lambda_embed": 0.0},
+        "EmbKD alone": {"lambda_pair": 0.0, "lambda_list": 0.0},
+        "teacher without content": {"lambda_list": 0.0, "lambda_embed": 0.0, "fusion": 0.0},
+        "lists: b alone": {"beta": 0.0},
+        "lists: q alone": {"alpha": 0.0},
+        "lists: plain KL": {"beta": "identity"},
+    }
+
+
+def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypatch):
+    seen = []
+    true_learn = laboratory.learn
+
+    def watched(place, model, config, kind=Teacher):
+        seen.append((model, place.fingerprint))
+        return true_learn(place, model, config, kind)
+
+    monkeypatch.setattr(laboratory, "learn", watched)
+    rows = controls(dataclasses.replace(lab, quick=True), 1).rows
+    assert [row["model"] for row in rows][:2] == ["LightGCN", "PromptMM"]
+    assert len({fingerprint for model, fingerprint in seen if model == "PromptMM"}) == 3
+    assert {fingerprint for model, fingerprint in seen if model == "LightGCN"} == {
+        lab.fingerprint
+    }
 
 
 # ------------------------------------------------------------ rungs without training
