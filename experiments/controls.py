@@ -31,10 +31,9 @@ def controls(lab: Lab, seeds: int) -> Output:
         jobs[name] = Job(FULL, full)
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (
-        "without content: c = 0 and PairKD alone, so that LightGCN teaches LightGCN; b "
-        "alone: β = 0; q alone: α = 0; shuffled: the rows over the items, all modalities in "
-        "one order; noise: normal, of each modality's mean and deviation; nothing is tuned "
-        "again"
+        "without content: c = 0 and PairKD alone, LightGCN teaches LightGCN; b alone: "
+        "β = 0; q alone: α = 0; shuffled: rows over the items, all modalities in one order; "
+        "noise: normal, of each modality's mean and deviation; nothing is tuned again"
     )
     title = f"Controls on {lab.dataset.name}, test split"
     text = ranking_table(rows, "LightGCN")
