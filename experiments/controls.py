@@ -32,7 +32,7 @@ def controls(lab: Lab, seeds: int) -> Output:
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (
         "without content: c = 0 and PairKD alone, LightGCN teaches LightGCN; b alone: "
-        "β = 0; q alone: α = 0; shuffled: rows over the items, all modalities in one order; "
+        "β = 0; q alone: α = 0; shuffled: rows over items, all modalities in one order; "
         "noise: normal, of each modality's mean and deviation; nothing is tuned again"
     )
     title = f"Controls on {lab.dataset.name}, test split"
