@@ -28,11 +28,19 @@ CODE = [ROOT / f"{name}.py" for name in CORE]
 CODE += [file for name in PACKAGES for file in sorted((ROOT / name).glob("*.py"))]
 
 
-@pytest.mark.parametrize("name", CORE)
+DOCUMENTED = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in CODE
+    if ">>> " in file.read_text()
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_doctests(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.failed == 0
     assert found.attempted > 0
+    assert set(CORE) <= set(DOCUMENTED)
 
 
 # ------------------------------------------------------------ equations and ids
