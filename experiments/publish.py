@@ -249,10 +249,10 @@ def readme(page: str) -> str:
 
 def fill_pages() -> None:
     """Every page's figures anew, the summary of all datasets first."""
-    write(
-        experiments.lab.ROOT / "results" / "summary.md",
-        f"<!-- table -->\n{summary()}\n<!-- end -->\n",
-    )
+    results = experiments.lab.ROOT / "results"
+    tables = sorted(results.glob("*/table4.json"))
+    if tables:
+        write(results / "summary.md", f"<!-- table -->\n{summary(tables)}\n<!-- end -->\n")
     for page in PAGES:
         file = experiments.lab.ROOT / page
         if file.exists():
@@ -262,10 +262,10 @@ def fill_pages() -> None:
 # ------------------------------------------------------------ all datasets on one page
 
 
-def summary() -> str:
+def summary(files: list[Path]) -> str:
     """Table 4's Recall@20 of every dataset side by side; single profiles are left out."""
     tables = {}
-    for file in sorted((experiments.lab.ROOT / "results").glob("*/table4.json")):
+    for file in files:
         rows = data.read_json(file, "rows")["rows"]
         tables[file.parent.name] = {row["model"]: row for row in rows}
     longest = max(tables.values(), key=len)  # the rows in the ladder's order

@@ -671,6 +671,27 @@ def test_a_result_says_how_much_was_searched(lab, config, tmp_path):
     assert made["tries"] == {"MF-BPR": 1, "LightGCN": 2}
 
 
+def test_the_summary_sets_the_datasets_side_by_side(tmp_path):
+    """Rows of the longest table, in its order; a model that a dataset lacks is left blank."""
+    one = {"mean": 0.25, "std": 0.01, "runs": [0.24, 0.26]}
+    gain = {"gain": {"recall@20": 0.25}, "p": 0.03}
+    tables = {
+        "a": [("MostPop", gain), ("LightGCN", {})],
+        "b": [("MostPop", gain), ("Profile (x)", gain), ("LightGCN", {}), ("New", gain)],
+    }
+    for name, rows in tables.items():
+        (tmp_path / name).mkdir()
+        content = [{"model": model, "recall@20": one, **more} for model, more in rows]
+        (tmp_path / name / "table4.json").write_text(json.dumps({"rows": content}))
+    found = publish.summary(sorted(tmp_path.glob("*/table4.json")))
+    full = "0.2500 ± 0.0100 (+25.0%, p = 0.03)"
+    assert found.splitlines()[2:] == [
+        f"| MostPop | {full} | {full} |",
+        "| LightGCN | 0.2500 ± 0.0100 | 0.2500 ± 0.0100 |",
+        f"| New |  | {full} |",
+    ]
+
+
 def test_the_pages_take_their_figures_from_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(laboratory, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
