@@ -175,7 +175,7 @@ def direct_reduction(teacher, m, index):
     return (x + teacher.config.lambda_prompt * p_m) @ layer.weight.T + layer.bias
 
 
-def same_reduction(teacher, direct):
+def check_same_reduction(teacher, direct):
     """f^m fast against direct, to 1e-5 relative: value, and gradient of the prompt."""
     with torch.no_grad():
         teacher.prompt.bias.normal_()
@@ -196,7 +196,7 @@ def same_reduction(teacher, direct):
 @pytest.mark.parametrize("tokens", ["mean", "concat"])
 def test_fast_reduction_is_the_direct_one(tokens, tiny, config):
     config = dataclasses.replace(config, tokens=tokens, lambda_prompt=3.0)
-    same_reduction(Teacher(tiny, config).eval(), direct_reduction)
+    check_same_reduction(Teacher(tiny, config).eval(), direct_reduction)
 
 
 def test_the_prompt_product_never_needs_an_item_by_item_matrix(tiny, config):
