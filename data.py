@@ -236,31 +236,46 @@ class Sampler:
 # ------------------------------------------------------------ what the model reads
 
 
-def standardise(x: Tensor) -> Tensor:
-    """x^m [I, d_m] centred, over its root-mean-square row norm: one λ₁ for all m."""
-    x = x - x.mean(0)
-    size = x.norm(dtype=torch.float64) / len(x) ** 0.5  # in float32 squares could overflow
-    return x / size.clamp(min=torch.finfo(x.dtype).tiny).to(x)
+def unit_rows(x: Tensor) -> Tensor:
+    """x^m [I, d_m] centred over the items that have content, unit rows; the rest is zero.
+
+    >>> unit_rows(torch.tensor([[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]]))[2].abs().tolist()
+    [0.0, 0.0]
+    """
+    filled = x.any(1, keepdim=True)  # [I, 1]
+    x = x / x.abs().amax().clamp(min=1e-30)  # squares could overflow
+    mean = x.sum(0) / filled.sum().clamp(min=1)
+    return F.normalize((x - mean) * filled, dim=1)
 
 
-def pca_tokens(x: Tensor, dim: int) -> Tensor:
-    """η(x^m) of Eq. 3: principal components of centred x [I, d_m] -> [I, d], unit variance.
+def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first principal directions of x [I, d_m], and the deviation along each.
 
-    Eigenvectors are unique up to their sign: the largest entry of each is made positive
-    (errata P10). Components below 1e-12 of the largest, and those beyond d_m, are zero.
+    -> [d_m, k], [k] with k = min(count, d_m). Eigenvectors are unique up to their sign: the
+    largest entry of each is made positive (errata P10).
     """
     n_items, d_m = x.shape
     chunks = (rows.double() for rows in x.split(4096))  # one at a time: all would be 2 x
     covariance = sum(rows.T @ rows for rows in chunks) / n_items  # [d_m, d_m]
-    largest = [max(0, d_m - dim), d_m - 1]  # of the eigenvalues, which ascend
+    largest = [max(0, d_m - count), d_m - 1]  # of the eigenvalues, which ascend
     values, vectors = linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
-    values, vectors = values[::-1], vectors[:, ::-1]  # [min(d, d_m)], [d_m, min(d, d_m)]
+    values, vectors = values[::-1], vectors[:, ::-1]  # [k], [d_m, k]
     peak = np.abs(vectors).argmax(0)[None]
     sign = np.sign(np.take_along_axis(vectors, peak, 0))
-    real = values > max(1e-12 * values[0], np.finfo(np.float64).tiny)
-    scale = np.sqrt(np.where(real, values, 1))
-    basis = torch.from_numpy(vectors * sign * real / scale).to(x)
-    return F.pad(x @ basis, (0, dim - basis.shape[1]))
+    deviation = np.sqrt(values.clip(min=0))
+    return torch.from_numpy(vectors * sign).to(x), torch.from_numpy(deviation).to(x)
+
+
+def tokens(x: Tensor, axes: Tensor, deviation: Tensor, dim: int) -> Tensor:
+    """η(x^m) of Eq. 3: principal components of x [I, d_m] -> [I, d], unit variance.
+
+    axes, deviation: from `principal`. Components below 1e-6 of the largest deviation, and
+    those beyond d_m, are zero.
+    """
+    axes, deviation = axes[:, :dim], deviation[:dim]
+    real = deviation > 1e-6 * deviation[0].clamp(min=1e-12)  # [k]
+    components = x @ axes * (real / torch.where(real, deviation, 1.0))  # [I, k]
+    return F.pad(components, (0, dim - axes.shape[1]))
 
 
 # ------------------------------------------------------------ reading the four layouts

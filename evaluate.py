@@ -117,9 +117,9 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> top_items(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 3)[1].tolist()
     [[1, 3, 0]]
     """
-    values, index = scores.topk(k)  # [B, k]
-    as_good = (scores >= values[:, -1:]).sum(-1)  # [B]
-    cut = (as_good > k).nonzero().flatten()  # rows with a tie across the edge
+    values, index = scores.topk(min(k + 1, scores.shape[-1]))  # one more: a tie shows
+    cut = (values[:, k - 1 : k] == values[:, k:]).any(-1).nonzero().flatten()
+    values, index = values[:, :k], index[:, :k]  # [B, k]
     if len(cut):
         exact = scores[cut].sort(dim=-1, descending=True, stable=True)
         values[cut] = exact.values[:, :k]
@@ -144,12 +144,16 @@ def recommend(
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Do `a` and `b` differ? Values [users], or [seeds, users], averaged over seeds.
+    """Do `a` and `b` differ? Values [seeds, users], or [users] of one run each.
 
-    Returns the mean difference a - b, its 95 % bootstrap interval `low`, `high`, and
-    two-sided p-values. `p_bootstrap`: users are resampled, both values of a user together;
-    twice the smaller share of means on one side of 0, at least 1/draws. Seeds are not
-    resampled: it holds for the seeds at hand. `p_wilcoxon`: over users. Raises ValueError
+    Users and seeds are drawn. Users by bootstrap, both models' values of a user together.
+    Seeds of each model independently: a handful is too few to resample, so that a model's
+    mean moves by t · s / √seeds, s the deviation of its seeds, t Student's with seeds - 1
+    degrees of freedom. With one seed no seeds are drawn, and `seeds_drawn` is False.
+
+    Returns the mean difference a - b, its 95 % interval `low`, `high`, and two-sided
+    p-values: `p_bootstrap`, twice the smaller share of draws on one side of 0, at least
+    1/draws; `p_wilcoxon`, over users, of the values averaged over seeds. Raises ValueError
     for another number of users.
 
     >>> a, b = np.array([0.5, 1.0, 0.0, 1.0] * 50), np.array([0.0, 1.0, 0.0, 0.5] * 50)
@@ -157,19 +161,19 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     >>> result["difference"], result["low"] > 0.2, result["p_bootstrap"] < 0.01
     (0.25, True, True)
     """
-    a = np.atleast_2d(a).mean(0)  # [users]
-    b = np.atleast_2d(b).mean(0)  # [users]
-    if a.shape != b.shape:
+    a, b = np.atleast_2d(a), np.atleast_2d(b)  # [seeds, users]
+    if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"paired_test: expected the same users, found {a.size} and {b.size}"
+            f"paired_test: expected the same users, found {a.shape[1]} and {b.shape[1]}"
         )
-    difference = a - b
+    difference = a.mean(0) - b.mean(0)  # [users]
     rng = np.random.default_rng(seed)
     # Users with the same difference are interchangeable: draw how often each gap comes up.
     gap, count = np.unique(difference, return_counts=True)
-    share = count / a.size
-    drawn = [rng.multinomial(a.size, share) @ gap for _ in range(draws)]
-    means = np.array(drawn) / a.size  # [draws]
+    share = count / difference.size
+    drawn = [rng.multinomial(difference.size, share) @ gap for _ in range(draws)]
+    means = np.array(drawn) / difference.size  # [draws]
+    means += _seed_draws(a, draws, rng) - _seed_draws(b, draws, rng)
     low, high = np.quantile(means, [0.025, 0.975])
     one_sided = min((means <= 0).mean(), (means >= 0).mean())
     p_bootstrap = np.clip(2 * one_sided, 1 / draws, 1)
@@ -180,7 +184,31 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
         "high": float(high),
         "p_bootstrap": float(p_bootstrap),
         "p_wilcoxon": float(wilcoxon),
+        "seeds_drawn": min(len(a), len(b)) > 1,
     }
+
+
+def _seed_draws(values: np.ndarray, draws: int, rng) -> np.ndarray:
+    """How far a model's mean over [seeds, users] would move with other seeds: [draws]."""
+    runs = values.mean(1)  # [seeds]
+    if len(runs) < 2:
+        return np.zeros(draws)
+    error = runs.std(ddof=1) / np.sqrt(len(runs))
+    return rng.standard_t(len(runs) - 1, draws) * error
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjustment for several tests at once: p that hold for all of them together.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 # ------------------------------------------------------------ the table of a run

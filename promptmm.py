@@ -10,6 +10,8 @@ Prompt-Tuning", WWW 2024. This file follows Section 3, each part after what it n
     student     LightGCN                                        Eq. 2
     objectives  of stage 1 and of stage 2                       Eq. 13, Eq. 12
     training    one loop for both stages
+    fusion      what each modality weighs, by validation
+    lists       the teacher's own top items                     Sec. 3.2.2
     stages      stage 1, stage 2, and the final evaluation
     command     python promptmm.py [--data DIR] [--help]
     products    two products, faster: skip at first
@@ -20,15 +22,15 @@ code).
 
     paper                   code                                      shape
     A, E, U, I              dataset.train (scipy CSR, 0/1)            [U, I]
-    x^m                     teacher.features[m], standardised         [I, d_m]
+    x^m                     teacher.features[m], unit rows            [I, d_m]
     Â                       adjacency (scipy CSR)                     [U+I, U+I]
     Â_ui, Â_iu              graph.ui, graph.iu                        [U, I], [I, U]
     η(x^m)                  tokens: their mean, or side by side       [I, width]
     p, p^m                  p; p^m is never formed                    [I, d], [I, d_m]
     θ_P                     theta: W_Pᵀ stacked on b_P                [width+1, d]
-    f^m                     reduced[m]                                [I, d]
-    F_u^m, F_i^m            user_modal[m], item_modal[m]              [U, d], [I, d]
-    E_u^T, E_i^T            teacher_user, teacher_item                [U, d], [I, d]
+    f^m                     reduced[m]                                [I, d_T]
+    F_u^m, F_i^m            user_modal[m], item_modal[m]              [U, d_T], [I, d_T]
+    E_u^T, E_i^T            teacher_user, teacher_item                [U, D], [I, D]
     E_u^S, E_i^S            student_user, student_item                [U, d], [I, d]
     y_list                  logits, column 0 the positive             [B, K]
     y_pair, inside its σ    margin(logits)                            [B]
@@ -53,7 +55,7 @@ from torch import Tensor, nn
 
 import data
 from data import DataError, Dataset, Parser, Sampler, need, write
-from evaluate import evaluate, ladder, recommend
+from evaluate import CHUNK_SCORES, evaluate, ladder, recommend
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
@@ -87,60 +89,52 @@ of_run = partial(setting, of="run")
 class Config:
     """Every setting of a run, each a flag. Sources: paper section, released code, ours."""
 
-    dim: int = of_both(64, "d, width of the embeddings (paper, Sec. 4.5)", low=1, high=1e5)
-    dim_student: int = of_student(
-        0, "width of the student; 0: d (paper, Sec. 4.5)", high=1e5
-    )
-    teacher_layers: int = of_teacher(2, "L of the teacher's LightGCN (released code)")
-    student_layers: int = of_student(2, "L of the student's LightGCN (ours; released: 1)")
+    dim: int = of_both(64, "d, width of embeddings and tokens (paper, Sec. 4.5)", low=1)
+    dim_teacher: int = of_teacher(256, "d_T, width of f^m at most (ours)", low=1)
+    student_layers: int = of_student(2, "L of LightGCN (ours; released: 1)")
     dropout: float = of_teacher(0.2, "rate of ϱ in Eq. 4 (ours; released: .4-.6)", high=1)
-    fusion: float = of_teacher(1.0, "c, weight of F^m in E^T (ours; released: .028-.8)")
-    weight_modal: float = of_teacher(0.1, "w_m of stage 1's BPR on F^m (released: 0-1)")
-    lambda_prompt: float = of_teacher(0.1, "λ₁ of Eq. 4 (released code: .07-9)")
-    lambda_pair: float = of_kd(1.0, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
-    lambda_list: float = of_kd(0.1, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
+    lambda_prompt: float = of_teacher(0.05, "λ₁ of Eq. 4: ‖λ₁ p^m‖ / ‖x^m‖ (ours, P9)")
+    lambda_pair: float = of_kd(0.1, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
+    lambda_list: float = of_kd(1.0, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = of_kd(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
-    alpha: float = of_kd(1.0, "α, weight of KL(b) in Eq. 10 (paper: 1)")
+    list_items: str = of_kd(
+        "top", "negatives of a list: the teacher's best, or any (P14)", ("top", "random")
+    )
+    list_from: str = of_kd(
+        "joint", "whose logits y^T a list has (P14)", ("joint", "modal", "both")
+    )
+    list_pool: int = of_kd(100, "N, a user's best items that lists draw from (ours)", low=1)
+    negatives: int = of_kd(10, "K-1, negatives of a list (released code)", low=1, high=1e5)
+    alpha: float = of_kd(0.0, "α, weight of KL(b) in Eq. 10 (ours; paper: 1)")
     beta: float | str = of_kd(
         1.0, "β, weight of KL(q) (ours); the paper's 1 - b+:", ("identity",)
     )
     temperature: float = of_kd(1.0, "τ of the softened logits (ours)", low=1e-3)
     gamma: float = of_kd(2.0, "γ of Eq. 11 (released code)", low=1)
-    negatives: int = of_kd(10, "K-1, negatives of a list (released code)", low=1, high=1e5)
     tokens: str = of_teacher("mean", "η(x^m) over m (mean: Eq. 3)", ("mean", "concat"))
-    modal_target: str = of_teacher(
-        "propagated", "F_i^m (ours)", ("propagated", "mean", "reduced")
-    )
-    tune_prompt: bool = of_kd(True, "train the prompt in stage 2 too (paper, Sec. 3.1.2)")
+    tune_prompt: bool = of_kd(False, "train the prompt in stage 2 too (paper: yes)")
     weight_anchor: float = of_kd(1.0, "of the prompted teacher's BPR in stage 2 (P11)")
-    warm_start: bool = of_kd(False, "start the student at E^T (released code, C24)")
-    lr_teacher: float = of_teacher(
-        5e-3, "AdamW's step in stage 1 (paper: 3.5e-4 to 9.8e-3)"
-    )
+    warm_start: bool = of_kd(False, "start the student at the teacher's ids (C24)")
+    lr_teacher: float = of_teacher(1e-3, "AdamW's step of W^m, b^m (paper: 3.5e-4 and up)")
     lr_student: float = of_student(5e-3, "AdamW's step (ours; paper: 2.5e-4 to 8.5e-4)")
-    lr_prompt: float = of_teacher(1e-4, "AdamW's step of the prompt in both stages (ours)")
-    l2: float = of_both(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, P8)")
-    l2_student: float = of_student(0.0, "the student's; 0: as l2 (ours)")
-    batch: int = of_both(2048, "training edges in a step (ours; released: 512-1024)", low=1)
-    batch_student: int = of_student(0, "the student's; 0: as batch (ours)")
+    lr_prompt: float = of_teacher(1e-3, "AdamW's step of the prompt in both stages (ours)")
+    l2: float = of_student(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, P8)")
+    batch: int = of_student(
+        0, "training edges in a step; 0: a 40th of all (ours; released: 512-1024)"
+    )
+    batch_teacher: int = of_teacher(0, "the teacher's; 0: a tenth of all (ours)")
     epochs: int = of_both(400, "cap on the epochs of a stage (ours)", low=1)
     eval_every: int = of_both(2, "epochs between validations (ours)", low=1)
-    patience: int = of_both(
-        20, "validations without a better one that end a stage (ours)", low=1
+    patience: int = of_student(
+        20, "validations without a better one that end training (ours)", low=1
     )
-    alone: bool = of_run(True, "train LightGCN too, to compare (ours)")
+    patience_teacher: int = of_teacher(3, "the teacher's (ours)", low=1)
     seed: int = of_both(0, "of all that is random in training (ours)", high=2**31)
     mask: str = of_run("all", "unranked at test: train + val, or train", ("all", "train"))
 
     def __post_init__(self):
         """Refuse what cannot work."""
         data.check_settings(self)
-        need(
-            self.weight_modal or not self.lambda_list,
-            "weight_modal: expected > 0 for lists",
-        )
-        other = self.dim_student not in (0, self.dim)
-        need(not (self.warm_start and other), "dim_student: expected d for a warm start")
 
 
 # ------------------------------------------------------------ graph
@@ -178,6 +172,12 @@ class Graph:
     def to_items(self, user: Tensor) -> Tensor:
         """Items read users, Â_iu user: [U, d] -> [I, d]."""
         return Product.apply(self.iu, self.ui, user)
+
+    def edge(self, users: Tensor, items: Tensor) -> Tensor:
+        """Â_ui of users [B] and items [B] that they interacted with: [B]."""
+        of_user = self.ui.crow_indices().diff().index_select(0, users)
+        of_item = self.iu.crow_indices().diff().index_select(0, items)
+        return (of_user * of_item).rsqrt()
 
 
 def _csr_tensor(block: sparse.csr_matrix, device) -> Tensor:
@@ -220,121 +220,156 @@ class PromptModule(Linear):
 # ------------------------------------------------------------ teacher
 
 
-class Layer(NamedTuple):
-    """What of a modality's Eq. 4 needs no prompt; see `Teacher.reduce`."""
-
-    xw: Tensor  # X W [I, d]
-    gw: Tensor  # G W [width + 1, d], G = T₁ᵀX
-    bias: Tensor  # b [d]
-
-
 class Fixed(NamedTuple):
-    """What no prompt reaches; a constant once θ_T is frozen."""
+    """What of a modality's Eq. 4 no prompt reaches; a constant once θ_T is frozen."""
 
-    user: Tensor  # LightGCN's [U, d]
-    item: Tensor  # LightGCN's [I, d]
-    layers: dict[str, Layer]
+    xw: Tensor  # X W [I, d_T]
+    weight: Tensor  # W [d_m, d_T]
+    bias: Tensor  # b [d_T]
 
 
 class Encoded(NamedTuple):
-    """What the teacher tells the student (Eq. 1)."""
+    """What the teacher tells the student (Eq. 1): of modalities that weigh anything."""
 
-    teacher_user: Tensor  # E_u^T [U, d]
-    teacher_item: Tensor  # E_i^T [I, d]
-    user_modal: dict[str, Tensor]  # F_u^m [U, d]
-    item_modal: dict[str, Tensor]  # F_i^m [I, d]
-    reduced: dict[str, Tensor]  # f^m [I, d]
+    teacher_user: Tensor  # E_u^T [U, D]
+    teacher_item: Tensor  # E_i^T [I, D]
+    user_modal: dict[str, Tensor]  # F_u^m [U, d_T]
+    item_modal: dict[str, Tensor]  # F_i^m [I, d_T]
 
 
 class Teacher(nn.Module):
-    """T of Eq. 1, with any number of modalities. θ_T: tables, reductions; θ_P: `prompt`."""
+    """T of Eq. 1, with any number of modalities, in three rungs.
 
-    def __init__(self, dataset: Dataset, config: Config, device: Device = "cpu"):
+    1. A *profile* ranks by content as it is, x^m, and learns nothing.
+    2. Their *fusion* with LightGCN weighs each profile by validation.
+    3. The *teacher* is that fusion with W^m, b^m and the prompt trained. W^m starts at the
+       principal directions, where f^m is x^m turned: so it starts as rung 2, and keeps what
+       training adds.
+
+    θ_T: W^m, b^m, the weights, and a trained LightGCN's embeddings, `user` and `item`; θ_P:
+    `prompt`. Content and ids are trained apart and added up: trained jointly, tables that
+    fit the training edges leave content no gradient (P15).
+    """
+
+    user: Tensor  # E_u of ids [U, d]
+    item: Tensor  # E_i of ids [I, d]
+    weights: Tensor  # w_m [|M|]
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config,
+        device: Device = "cpu",
+        lightgcn: Pair | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.features = {  # x^m [I, d_m]
-            m: data.standardise(torch.from_numpy(x).to(device, torch.float32))
-            for m, x in dataset.features.items()
-        }
-        eta = [data.pca_tokens(x, config.dim) for x in self.features.values()]  # [I, d]
+        self.features = {}  # x^m [I, d_m]
+        eta = []  # η(x^m) [I, d]
+        self.reduction = nn.ModuleList()
+        for m, array in dataset.features.items():
+            x = data.unit_rows(torch.from_numpy(array).to(device, torch.float32))
+            axes, deviation = data.principal(x, max(config.dim, config.dim_teacher))
+            self.features[m] = x
+            eta.append(data.tokens(x, axes, deviation, config.dim))
+            linear = Linear(*axes[:, : config.dim_teacher].shape)  # W^m [d_m, d_T]
+            linear.weight.data.copy_(axes[:, : config.dim_teacher].T)
+            self.reduction.append(linear)
         if config.tokens == "concat":
             self.tokens = torch.cat(eta, dim=1)  # η(x^m) side by side  [I, |M| d]
         else:
             self.tokens = torch.stack(eta).mean(0)  # Eq. 3 (errata P10)  [I, d]
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]  [I, width + 1]
         self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX^m
-        self.graph = Graph(dataset.train, device)
-        self.isolated = self.graph.iu.crow_indices().diff()[:, None] == 0  # [I, 1]
-        n_users, n_items = dataset.train.shape
-        self.user = table(n_users, config.dim)
-        self.item = table(n_items, config.dim)
-        self.reduction = nn.ModuleList(
-            Linear(x.shape[1], config.dim) for x in self.features.values()
-        )
+        # A row without content takes no part: it would say what the bias says.
+        self.filled = {m: x.any(1, keepdim=True) for m, x in self.features.items()}
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
+        self.graph = Graph(dataset.train, device)
+        n_users, n_items = dataset.train.shape
+        user, item = lightgcn or (torch.zeros(n, config.dim) for n in (n_users, n_items))
+        self.register_buffer("user", user)
+        self.register_buffer("item", item)
+        self.register_buffer("weights", torch.full((len(eta),), WHILE_TRAINING))
         self.to(device)
+        self.size = {}  # the deviation of each modality's logits before training
+        for m, layer in self.fixed().items():
+            f = layer.xw.detach() * self.filled[m]  # [I, d_T]
+            profile = self.graph.to_users(f)  # [U, d_T]
+            self.size[m] = spread(profile, f + self.graph.to_items(profile))
 
-    def fixed(self) -> Fixed:
-        """Everything up to the prompt."""
-        user, item = lightgcn(self.graph, self.user, self.item, self.config.teacher_layers)
+    def modality_weights(self) -> dict[str, float]:
+        """w_m by modality."""
+        return dict(zip(self.features, self.weights.tolist(), strict=True))
+
+    def fixed(self) -> dict[str, Fixed]:
+        """Everything up to the prompt, for each modality."""
         layers = {}
         for (m, x), linear in zip(self.features.items(), self.reduction, strict=True):
-            weight, bias = linear.parameters()  # Wᵀ [d, d_m], b [d]
-            layers[m] = Layer(x @ weight.T, self.gram[m] @ weight.T, bias)
-        return Fixed(user, item, layers)
+            weight, bias = linear.parameters()  # Wᵀ [d_T, d_m], b [d_T]
+            layers[m] = Fixed(x @ weight.T, weight.T, bias)
+        return layers
 
-    def reduce(self, m: str, layer: Layer, p: Tensor) -> Tensor:
-        """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m),  p^m = p (pᵀ x^m) / |I|   (Eq. 4; errata P9).
+    def reduce(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
+        """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m),  p^m = s p (pᵀ x^m)   (Eq. 4; errata P9).
 
-        Written out (the paper has no / |I|), for x^m [I, d_m], p [I, d]:
+        Written out (the paper has no s), for x^m [I, d_m], p [I, d]:
 
-            p_m = p @ (p.T @ x) / len(x)                        [I, d_m]
-            f = dropout((x + lambda_prompt * p_m) @ W + b)      [I, d]
+            p_m = p @ (p.T @ x)                                 [I, d_m]
+            p_m = p_m * x.norm() / p_m.norm()                   s: as large as x^m
+            f = dropout((x + lambda_prompt * p_m) @ W + b)      [I, d_T]
 
-        P is affine: p = T₁ θ_P with T₁ = [tokens, 1], so pᵀX = θ_Pᵀ G with G = T₁ᵀX, which
-        is known before training, and p^m W = p θ_Pᵀ(G W) / |I|. No [I, d_m] array is
-        formed; in stage 2, where XW and GW are constants, a step costs O(|I| d²) a
-        modality. A test holds both forms equal.
+        so that λ₁ is the prompt's share of x^m, whatever |I| and |M| are. P is affine: p =
+        T₁ θ_P with T₁ = [tokens, 1], so pᵀX = θ_Pᵀ G with G = T₁ᵀX, which is known before
+        training. No [I, d_m] array is formed; in stage 2, where XW is a constant, a step
+        costs O(|I| d d_T) a modality. A test holds both forms equal. A row without content
+        stays zero.
         """
-        f = layer.xw + layer.bias  # [I, d]
+        f = layer.xw + layer.bias  # [I, d_T]
         if self.config.lambda_prompt:
-            weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
-            theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
-            shift = p @ (theta.T @ layer.gw)  # |I| p^m W  [I, d]
-            f = f + self.config.lambda_prompt / len(p) * shift
+            f = f + self.shift(m, layer, p)
+        f = f * self.filled[m]
         return drop(f, self.config.dropout) if self.training else f
 
-    def modal_items(self, f: Tensor, user: Tensor) -> Tensor:
-        """F_i^m by `modal_target`: f^m [I, d], F_u^m [U, d] -> [I, d] (errata P12)."""
-        if self.config.modal_target == "reduced":
-            return f
-        propagated = self.graph.to_items(user)  # Â_iu F_u  [I, d]
-        # Without neighbours only its own content can speak for an item.
-        propagated = torch.where(self.isolated, f, propagated)
-        if self.config.modal_target == "mean":
-            return (f + propagated) / 2
-        return propagated
+    def shift(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
+        """λ₁ p^m W^m of Eq. 4: [I, d_T]."""
+        weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
+        theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
+        ptx = theta.T @ self.gram[m]  # pᵀX [d, d_m]
+        square = ((p.T @ p) @ ptx * ptx).sum()  # ‖p pᵀX‖²  []
+        share = self.features[m].norm() / square.clamp(min=1e-24).sqrt()  # s
+        return self.config.lambda_prompt * share * (p @ (ptx @ layer.weight))
 
-    def forward(self, fixed: Fixed | None = None) -> Encoded:
-        """Eq. 1, fused as released: E^T = LightGCN(ids) + c Σ_m unit rows of F^m.
+    def reduced(self, fixed: dict[str, Fixed] | None = None) -> dict[str, Tensor]:
+        """f^m [I, d_T] of every modality."""
+        p = self.prompt(self.tokens)  # Eq. 3  [I, d]
+        layers = fixed or self.fixed()
+        return {m: self.reduce(m, layer, p) for m, layer in layers.items()}
 
-        F_u^m = Â_ui f^m, F_i^m by `modal_items`. With `fixed`, only what depends on the
+    def propagate(self, f: Tensor) -> Pair:
+        """F_u^m = Â_ui F_i^m, F_i^m = f + Â_iu Â_ui f, unit rows: [U, d_T], [I, d_T].
+
+        An item keeps its own content beside that of its neighbours; without neighbours, or
+        without content, the other half speaks (errata P12).
+        """
+        smooth = self.graph.to_items(self.graph.to_users(f))  # [I, d_T]
+        item = F.normalize(f, dim=1) + F.normalize(smooth, dim=1)  # [I, d_T]
+        user = self.graph.to_users(item)  # [U, d_T]
+        return F.normalize(user, dim=1), item
+
+    def forward(self, fixed: dict[str, Fixed] | None = None) -> Encoded:
+        """Eq. 1: ⟨E_u^T, E_i^T⟩ = ⟨E_u, E_i⟩ + Σ_m w_m ⟨F_u^m, F_i^m⟩, on one scale.
+
+        A modality of weight zero takes no part. With `fixed`, only what depends on the
         prompt is computed.
         """
-        fixed = fixed or self.fixed()
-        c = self.config.fusion
-        p = self.prompt(self.tokens)  # Eq. 3  [I, d]
-        teacher_user, teacher_item = fixed.user, fixed.item  # [U, d], [I, d]
-        user_modal = {}
-        item_modal = {}
-        reduced = {}
-        for m, layer in fixed.layers.items():
-            reduced[m] = self.reduce(m, layer, p)  # f^m [I, d]
-            user_modal[m] = self.graph.to_users(reduced[m])  # F_u^m [U, d] (errata P12)
-            item_modal[m] = self.modal_items(reduced[m], user_modal[m])  # F_i^m [I, d]
-            teacher_user = teacher_user + c * F.normalize(user_modal[m], dim=1)
-            teacher_item = teacher_item + c * F.normalize(item_modal[m], dim=1)
-        return Encoded(teacher_user, teacher_item, user_modal, item_modal, reduced)
+        weights = self.modality_weights()
+        reduced = self.reduced(fixed)
+        modal = {m: self.propagate(f) for m, f in reduced.items() if weights[m]}
+        pairs = [one_scale(pair) for pair in ((self.user, self.item), *modal.values())]
+        fused = fuse(pairs, [1.0, *(weights[m] for m in modal)])  # E^T [U, D], [I, D]
+        user_modal = {m: pair[0] for m, pair in modal.items()}
+        item_modal = {m: pair[1] for m, pair in modal.items()}
+        return Encoded(*fused, user_modal, item_modal)
 
 
 def drop(x: Tensor, rate: float) -> Tensor:
@@ -354,11 +389,8 @@ class Student(nn.Module):
         self.layers = config.student_layers
         self.graph = Graph(train, device)
         n_users, n_items = train.shape
-        dim = config.dim_student or config.dim
-        self.user = table(n_users, dim)
-        self.item = table(n_items, dim)
-        # Of another width than the teacher: a map on the student's side (errata P7).
-        self.project = nn.Identity() if dim == config.dim else Linear(dim, config.dim)
+        self.user = table(n_users, config.dim)
+        self.item = table(n_items, config.dim)
         self.to(device)
 
     def forward(self) -> Pair:
@@ -399,47 +431,73 @@ def bpr_terms(model, logits: Tensor, users: Tensor, lists: Tensor, l2: float) ->
 
 
 def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
-    """Stage 1, θ_T and θ_P: Eq. 13 on E^T, + w_m Σ_m BPR(⟨F_u^m, F_i^m⟩) (errata C20)."""
-    config, encoded = teacher.config, teacher()
-    logits = scores(encoded.teacher_user, encoded.teacher_item, users, lists)  # [B, 2]
-    terms = bpr_terms(teacher, logits, users, lists, config.l2)
-    if config.weight_modal:
-        modal = modal_scores(encoded, users, lists)  # [B, 2] each
-        losses = [bpr_loss(y[:, 0], y[:, 1]) for y in modal]
-        terms["modal_bpr"] = config.weight_modal * torch.stack(losses).sum()
+    """Stage 1, θ_T and θ_P: Eq. 13 on each modality's own ranking, by modality.
+
+    y = ⟨Â_ui f, f + Â_iu Â_ui f⟩ without the edge (u, i+) itself: u's profile contains i+,
+    so that any f would rank i+ high, and nothing were learnt about other items (P16).
+    """
+    graph = teacher.graph
+    positive, negative = lists[:, 0], lists[:, 1:]  # [B], [B, 1]
+    edge = graph.edge(users, positive)[:, None]  # Â_ui of the positive  [B, 1]
+    terms = {}
+    for m, f in teacher.reduced().items():
+        profile = graph.to_users(f)  # Â_ui f  [U, d_T]
+        content = f + graph.to_items(profile)  # [I, d_T]
+        user = profile.index_select(0, users)  # [B, d_T]
+        of_others = user - edge * f.index_select(0, positive)  # [B, d_T]
+        item = content.index_select(0, positive) - edge * user  # [B, d_T]
+        taken = (of_others * item).sum(1)  # y of i+  [B]
+        other = scores(profile, content, users, negative)[:, 0]  # y of i-  [B]
+        size = teacher.size[m]  # before training, so that σ sees margins of about 1
+        terms[f"bpr_{m}"] = bpr_loss(taken / size, other / size)
     return terms
 
 
 def student_terms(
-    student: Student, config: Config, encoded: Encoded | None, users: Tensor, lists: Tensor
+    student: Student,
+    config: Config,
+    encoded: Encoded | None,
+    users: Tensor,
+    lists: Tensor,
+    project=(),
 ) -> Losses:
-    """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ_m ListKD + λ₄ Σ_m EmbKD, by term.
+    """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ ListKD + λ₄ Σ_m EmbKD, by term.
 
-    Without `encoded` the student learns alone. Where the prompt is tuned, `encoded` depends
-    on θ_P and BPR(E^T) anchors it: the student's own BPR has no path to θ_P (errata P11).
+    Without `encoded` the student learns alone. project: for each modality a map d -> d_T on
+    the student's side, dropped at inference (errata P7). Where the prompt is tuned,
+    `encoded` depends on θ_P and BPR(E^T) anchors it: the student's own BPR has no path to
+    θ_P (errata P11).
     """
     student_user, student_item = student()  # [U, d], [I, d]
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
-    terms = bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
+    terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded is None:
         return terms
     tau = config.temperature
+    joint = encoded.teacher_user, encoded.teacher_item
     prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
     anchored = prompt_is_tuned and config.weight_anchor > 0
-    if config.lambda_pair or anchored:
-        pair = lists[:, :2]  # i+ and the first i-  [B, 2]
-        taught = scores(encoded.teacher_user, encoded.teacher_item, users, pair)  # [B, 2]
+    listed = config.lambda_list > 0
+    by_joint = listed and config.list_from != "modal"
+    if by_joint or config.lambda_pair or anchored:
+        taught = scores(*joint, users, lists if by_joint else lists[:, :2])  # y^T [B, K]
     if config.lambda_pair:
         loss = pair_kd(margin(logits), margin(taught), tau)
         terms["pair_kd"] = config.lambda_pair * loss
-    if config.lambda_list:
-        modal = modal_scores(encoded, users, lists)  # y^m [B, K] each
-        losses = [list_kd(logits, y, config.alpha, config.beta, tau) for y in modal]
+    if listed:
+        told = [taught] if by_joint else []  # y^T of E^T, y^m of each modality  [B, K]
+        if config.list_from != "joint":
+            told += modal_scores(encoded, users, lists)
+        losses = [list_kd(logits, y, config.alpha, config.beta, tau) for y in told]
         terms["list_kd"] = config.lambda_list * torch.stack(losses).sum()
     if config.lambda_embed:
-        projected = student.project(student_item)  # [I, d of the teacher]
-        targets = encoded.item_modal.values()  # F_i^m [I, d] each
-        losses = [embed_kd(projected, target, config.gamma) for target in targets]
+        # The negatives of BPR are items drawn uniformly: Eq. 11's mean over I, sampled.
+        drawn = lists[:, 1]  # [B]
+        own = student_item.index_select(0, drawn)  # [B, d]
+        losses = []
+        for linear, item in zip(project, encoded.item_modal.values(), strict=True):
+            target = item.index_select(0, drawn)  # F_i^m [B, d_T]
+            losses.append(embed_kd(linear(own), target, config.gamma))
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
     if anchored:
         terms["prompt_anchor"] = config.weight_anchor * bpr_loss(taught[:, 0], taught[:, 1])
@@ -499,24 +557,28 @@ def fit(
     rank: Callable[[], Pair],
     each_epoch: Callable[[], None] | None = None,
     extend: Callable[[Tensor, Tensor], Tensor] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Train until validation Recall@20 stops improving; leave the selected epoch's weights.
 
     groups: AdamW's. terms(users [B], lists [B, width]) -> the objective's terms by name.
     rank() -> (user [U, d], item [I, d]), judged on validation; the test split is never
-    touched. each_epoch(): what is drawn or rebuilt anew each epoch. extend(users [B], lists
-    [B, width]) -> lists with more columns, such as a teacher's own top items.
+    touched. The teacher is judged before training too. each_epoch(): what is drawn or
+    rebuilt anew each epoch. extend(users [B], lists [B, width]) -> lists with more columns,
+    such as a teacher's own top items. finish(): what follows the selected epoch.
     """
     config, state = run.config, run.state
     sampler = Sampler(run.dataset.train, run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # errata P8
-    batch = config.batch if stage == "teacher" else config.batch_student or config.batch
+    batch, patience = _pace(config, stage, len(sampler.user))
     _begin(state, stage, learner, optimiser)
+    if stage == "teacher" and state["epoch"] == 0:
+        _validate(run, learner, {}, rank)
 
     def objective(users: Tensor, lists: Tensor) -> Losses:
         return terms(users, extend(users, lists) if extend else lists)
 
-    while state["epoch"] < config.epochs and state["stale"] < config.patience:
+    while state["epoch"] < config.epochs and state["stale"] < patience:
         began = time.perf_counter()
         state["epoch"] += 1
         generator = _seeded(run, stage)
@@ -530,7 +592,20 @@ def fit(
         state |= {"learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
         write(run.folder / "state.pt", partial(torch.save, state))
     learner.load_state_dict(state["best"])
-    write(run.folder / f"{stage}.pt", partial(torch.save, state["best"]))
+    if finish:
+        finish()
+    write(run.folder / f"{stage}.pt", partial(torch.save, learner.state_dict()))
+
+
+def _pace(config: Config, stage: str, edges: int) -> tuple[int, int]:
+    """A step's training edges, a tenth or a 40th of all if not given; and the patience.
+
+    A step passes over the whole graph. With a fixed batch an epoch would cost E / B of
+    them, which grows with the square of the data.
+    """
+    if stage == "teacher":
+        return config.batch_teacher or max(256, -(-edges // 10)), config.patience_teacher
+    return config.batch or max(256, -(-edges // 40)), config.patience
 
 
 def _begin(state: dict, stage: str, learner: nn.Module, optimiser) -> None:
@@ -583,76 +658,236 @@ def _validate(run: Run, learner: nn.Module, means: dict, rank: Callable[[], Pair
 
 def _progress(row: dict, state: dict, config: Config) -> str:
     """A line for the terminal: where a stage is, and the time left at least and at most."""
-    pace = row["seconds"] / row["epoch"]
+    pace = row["seconds"] / max(1, row["epoch"])
+    patience = config.patience_teacher if row["stage"] == "teacher" else config.patience
     most = config.epochs - row["epoch"]
-    least = min(most, (config.patience - state["stale"]) * config.eval_every)
+    least = min(most, (patience - state["stale"]) * config.eval_every)
     where = f"{row['stage']:8}epoch {row['epoch']:4}  loss {row['loss']:.4f}"
     judged = f"validation {row['recall@20']:.4f}  best {state['recall']:.4f}"
     left = f"left: {least * pace:.0f} to {most * pace:.0f} s"
     return f"{where}  {judged}  {pace:.2f} s/epoch, {left}"
 
 
+# ------------------------------------------------------------ fusion
+
+WHILE_TRAINING = 0.3  # each modality's weight until the line search
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # that it tries beside 0
+
+
+def deviation(user: Tensor, item: Tensor) -> Tensor:
+    """The deviation of each user's scores over all items: [U, e], [I, e] -> [U, 1].
+
+    That of ⟨e_u, e_i⟩ over i is √(e_uᵀ C e_u), C the items' covariance: no [U, I] array.
+    """
+    centred = item - item.mean(0)
+    covariance = centred.T @ centred / len(item)  # C [e, e]
+    variance = ((user @ covariance) * user).sum(1, keepdim=True)  # [U, 1]
+    return variance.clamp(min=0).sqrt()
+
+
+def spread(user: Tensor, item: Tensor) -> float:
+    """The root mean square of `deviation` over the users: one number for all logits."""
+    with torch.no_grad():
+        return float(deviation(user, item).square().mean().sqrt().clamp(min=1e-12))
+
+
+def one_scale(pair: Pair) -> Pair:
+    """The same ranking, its scores over each user's standard deviation over all items.
+
+    A user to whom all items are equal becomes zero.
+    """
+    user, item = pair
+    with torch.no_grad():
+        size = deviation(user, item)  # [U, 1]
+    return torch.where(size > 1e-12, user / size.clamp(min=1e-12), 0.0), item
+
+
+def fuse(pairs: list[Pair], weights: list[float]) -> Pair:
+    """The weighted sum of rankings, as embeddings side by side: [U, Σ e], [I, Σ e]."""
+    kept = [(w * user, item) for w, (user, item) in zip(weights, pairs, strict=True) if w]
+    users, items = zip(*kept, strict=True)
+    return torch.cat(users, dim=1), torch.cat(items, dim=1)
+
+
+def line_search(pairs: list[Pair], dataset: Dataset) -> list[float]:
+    """The weight of each ranking beside the first, by Recall@20 on validation.
+
+    One after the other, from 0, which one keeps unless another weight gains more than that
+    gain's standard error over the users: noise would find some weight that seems to help.
+    """
+    scaled = [one_scale(pair) for pair in pairs]
+    weights = [1.0] + [0.0] * (len(pairs) - 1)
+
+    def recall(m: int, weight: float) -> np.ndarray:  # of each user  [n]
+        candidate = [*weights[:m], weight, *weights[m + 1 :]]
+        fused = fuse(scaled, candidate)
+        found = evaluate(*fused, dataset.val, exclude=dataset.train, per_user=True)
+        return found["per_user"]["recall@20"]
+
+    best = recall(0, 1.0)
+    for m in range(1, len(pairs)):
+        tried = {weight: recall(m, weight) for weight in WEIGHTS}
+        weight = max(tried, key=lambda one: tried[one].mean())
+        gain = tried[weight] - best  # [n]
+        if gain.mean() > gain.std() / len(gain) ** 0.5:
+            weights[m], best = weight, tried[weight]
+    return weights[1:]
+
+
+# ------------------------------------------------------------ lists
+
+
+def best_unobserved(user: Tensor, item: Tensor, train: sparse.csr_matrix, n: int) -> Tensor:
+    """Each user's n best items among those without a training interaction: [U, n].
+
+    Validation and test items are among them where the teacher ranks them high: they are
+    ranked, not looked up. Who has fewer than n left gets the best one again.
+    """
+    n = min(n, len(item))
+    chunk = max(1, CHUNK_SCORES // len(item))
+    found = []
+    for start in range(0, len(user), chunk):
+        logits = user[start : start + chunk] @ item.T  # [c, I]
+        rows, columns = train[start : start + chunk].nonzero()
+        seen = torch.from_numpy(rows), torch.from_numpy(columns)
+        logits[tuple(ids.long().to(logits.device) for ids in seen)] = -torch.inf
+        values, index = logits.topk(n)  # [c, n]
+        found.append(torch.where(values > -torch.inf, index, index[:, :1]))
+    return torch.cat(found)
+
+
+class Lists:
+    """The lists of stage 2: triplets and K - 1 further items of one kind (errata P14)."""
+
+    def __init__(self, run: Run, encode: Callable[[], Encoded] | None):
+        config = run.config
+        self.train = run.dataset.train
+        self.config = config
+        self.encode = encode
+        kind = config.list_items if encode and config.lambda_list else "none"
+        self.from_top = kind == "top"
+        self.width = 1 + config.negatives if kind == "random" else 2  # sampled columns
+        self.best = torch.empty(0)  # [U, N]
+
+    def refresh(self) -> None:
+        """Find each user's best items: once, or at each epoch if the prompt moves."""
+        known = len(self.best) and not self.config.tune_prompt
+        if not self.from_top or not self.encode or known:
+            return
+        with torch.no_grad():
+            user, item, *_ = self.encode()
+        self.best = best_unobserved(user, item, self.train, self.config.list_pool)
+
+    def extend(self, users: Tensor, lists: Tensor) -> Tensor:
+        """[B, 2] -> [B, 2 + K - 1]: some of the user's best, drawn with replacement."""
+        if not self.from_top:
+            return lists
+        best = self.best.index_select(0, users)  # [B, N]
+        shape = len(users), self.config.negatives
+        column = torch.randint(best.shape[1], shape, device=best.device)
+        return torch.cat([lists, best.gather(1, column)], dim=1)
+
+
 # ------------------------------------------------------------ stages
 
 
-def train_teacher(run: Run, kind: type[Teacher] = Teacher) -> Teacher:
-    """Stage 1: θ_T and θ_P together. Returns the selected checkpoint, frozen, in eval."""
+def train_teacher(run: Run, lightgcn: Pair, kind: type[Teacher] = Teacher) -> Teacher:
+    """Stage 1: content and prompt, then each modality's weight beside a trained LightGCN.
+
+    Returns the selected checkpoint, frozen, in eval mode.
+    """
     torch.manual_seed(run.config.seed)
-    teacher = kind(run.dataset, run.config, run.device)
+    teacher = kind(run.dataset, run.config, run.device, lightgcn)
     if not load_finished(run, "teacher", teacher):
-        named = teacher.named_parameters()
-        theta_t = [weight for name, weight in named if not name.startswith("prompt.")]
         groups = [
-            {"params": theta_t, "lr": run.config.lr_teacher},
+            {"params": list(teacher.reduction.parameters()), "lr": run.config.lr_teacher},
             {"params": list(teacher.prompt.parameters()), "lr": run.config.lr_prompt},
         ]
         terms = partial(teacher_terms, teacher)
-        fit(run, "teacher", teacher, groups, 2, terms, lambda: teacher()[:2])
+
+        def weigh() -> None:
+            teacher.eval()
+            encoded = _encode(teacher)
+            modal = zip(
+                encoded.user_modal.values(), encoded.item_modal.values(), strict=True
+            )
+            weights = line_search([(teacher.user, teacher.item), *modal], run.dataset)
+            teacher.weights.copy_(torch.tensor(weights))
+
+        rank = lambda: teacher()[:2]  # noqa: E731
+        fit(run, "teacher", teacher, groups, 2, terms, rank, finish=weigh)
     return teacher.eval().requires_grad_(False)
 
 
-def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded]:
+def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     """What the student learns from: a function that encodes, θ_T frozen, dropout off.
 
-    What no prompt reaches is computed once, and with the prompt frozen that is all of it.
-    With the prompt tuned it becomes trainable: neither `no_grad` nor `detach` stands
-    between θ_P and the losses, so gradients reach it *through* the frozen teacher (Sec.
-    3.1.2, errata C4, C8).
+    None if no modality weighs anything: that teacher is LightGCN. All logits are divided by
+    their standard deviation, once, so that τ and the λ mean the same on any data. What no
+    prompt reaches is computed once, and with the prompt frozen that is all of it. With the
+    prompt tuned it becomes trainable: neither `no_grad` nor `detach` stands between θ_P and
+    the losses, so gradients reach it *through* the frozen teacher (Sec. 3.1.2, errata C4,
+    C8).
     """
     teacher.eval().requires_grad_(False)
+    if not teacher.weights.any():
+        return None
     fixed = teacher.fixed()
+    first = teacher(fixed)
+    size = spread(*first[:2])
+    sizes = {m: spread(user, first.item_modal[m]) for m, user in first.user_modal.items()}
+
+    def encode() -> Encoded:
+        user, item, user_modal, item_modal = teacher(fixed)
+        scaled = {m: part / sizes[m] for m, part in user_modal.items()}
+        return Encoded(user / size, item, scaled, item_modal)
+
     if config.tune_prompt and config.lambda_prompt:
         teacher.prompt.requires_grad_(True)
-        return lambda: teacher(fixed)
-    encoded = teacher(fixed)
+        return encode
+    encoded = encode()
     return lambda: encoded
 
 
 def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
     """Stage 2: the student, and the prompt if tuned. Returns E_u^S [U, d], E_i^S [I, d].
 
-    Without a teacher it is LightGCN.
+    Without a teacher, or with one that knows no more, it is LightGCN.
     """
     config = run.config
     encode = stage_two(teacher, config) if teacher else None
     torch.manual_seed(config.seed)
     student = Student(run.dataset.train, config, run.device)
-    if encode and config.warm_start:
-        start = encode()  # copied: never the teacher's own storage (errata C7, C24)
-        student.user.data.copy_(start.teacher_user)
-        student.item.data.copy_(start.teacher_item)
+    if teacher and config.warm_start:  # copied: never the teacher's own (errata C7, C24)
+        student.user.data.copy_(teacher.user)
+        student.item.data.copy_(teacher.item)
     learner = nn.ModuleDict({"student": student})
-    groups = [{"params": list(student.parameters()), "lr": config.lr_student}]
+    widths = [item.shape[1] for item in encode().item_modal.values()] if encode else []
+    project = nn.ModuleList(Linear(config.dim, d_t) for d_t in widths).to(run.device)
+    if config.lambda_embed:
+        learner["project"] = project
+    groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
     if teacher and teacher.prompt.weight.requires_grad:
         learner["prompt"] = teacher.prompt
         groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
 
     def terms(users: Tensor, lists: Tensor) -> Losses:
-        return student_terms(student, config, encode() if encode else None, users, lists)
+        encoded = encode() if encode else None
+        return student_terms(student, config, encoded, users, lists, project)
 
     if not load_finished(run, stage, learner):
-        width = 1 + (config.negatives if encode and config.lambda_list else 1)
-        fit(run, stage, learner, groups, width, terms, student)
+        lists = Lists(run, encode)
+        fit(
+            run,
+            stage,
+            learner,
+            groups,
+            lists.width,
+            terms,
+            student,
+            each_epoch=lists.refresh,
+            extend=lists.extend,
+        )
     with torch.no_grad():
         return student()
 
@@ -663,18 +898,19 @@ def pipeline(run: Run) -> dict:
     ranked = {"mostpop": most_popular(run.dataset.train, run.device)}
     teacher = None
     if config.lambda_pair or config.lambda_list or config.lambda_embed:
-        teacher = train_teacher(run)
-        ranked["teacher"] = _embed(teacher)
-        if config.alone:
-            beside = replace(run, config=run.lightgcn or config)
-            ranked["alone"] = train_student(beside, "alone")
+        beside = replace(run, config=run.lightgcn or config)
+        ranked["alone"] = train_student(beside, "alone")
+        teacher = train_teacher(run, ranked["alone"])
+        ranked["teacher"] = _encode(teacher)[:2]
     ranked["student"] = train_student(run, "student", teacher)
     _save_student(run, *ranked["student"])
     if teacher and teacher.prompt.weight.requires_grad:
         write(run.folder / "prompt.pt", partial(torch.save, teacher.prompt.state_dict()))
-        ranked["teacher_tuned"] = _embed(teacher)
+        ranked["teacher_tuned"] = _encode(teacher)[:2]
     metrics = _judge(run, ranked)
     metrics["parameters"] = _sizes(ranked["student"], teacher)
+    if teacher:
+        metrics["weights"] = teacher.modality_weights()
     metrics["device"] = str(run.device)
     metrics["seconds"] = {row["stage"]: row["seconds"] for row in run.state["rows"]}
     metrics["exclude"] = "train + val" if config.mask == "all" else "train"
@@ -695,9 +931,9 @@ def most_popular(train: sparse.csr_matrix, device) -> Pair:
     return popularity.new_ones(train.shape[0], 1), popularity
 
 
-def _embed(teacher: Teacher) -> Pair:
+def _encode(teacher: Teacher) -> Encoded:
     with torch.no_grad():
-        return teacher()[:2]
+        return teacher()
 
 
 def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
@@ -738,53 +974,15 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
 # ------------------------------------------------------------ command line
 
 # What `python -m experiments tune` found on validation, by dataset, where it differs from
-# the defaults. The embedded data take theirs unasked; `citeulike` was searched with its
-# tags.
+# the defaults. The embedded data take theirs unasked.
 PRESETS: dict[str, dict] = {
-    "synthetic": {
-        "dim": 32,
-        "patience": 10,
-        "l2": 0.01,
-        "teacher_layers": 3,
-        "fusion": 0.5,
-        "dropout": 0.5,
-        "weight_modal": 0.01,
-        "student_layers": 3,
-        "lr_student": 0.02,
-        "batch_student": 2048,
-        "l2_student": 0.003,
-        "beta": 8.0,
-        "tune_prompt": False,
-    },
-    "tiktok": {
-        "batch": 4096,
-        "l2": 0.003,
-        "teacher_layers": 4,
-        "fusion": 0.1,
-        "student_layers": 4,
-        "batch_student": 4096,
-        "l2_student": 0.003,
-        "lambda_pair": 0.3,
-        "lambda_list": 0.03,
-        "lambda_embed": 0.03,
-        "negatives": 5,
-        "tune_prompt": False,
-    },
-    "citeulike": {
-        "eval_every": 4,
-        "patience": 10,
-        "batch": 8192,
-        "lr_teacher": 0.01,
-        "batch_student": 2048,
-        "l2_student": 0.0003,
-        "lambda_pair": 3.0,
-        "lambda_embed": 0.3,
-        "tune_prompt": False,
-    },
+    "synthetic": {"dim": 32, "student_layers": 3, "l2": 0.01, "patience": 10},
+    "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
+    "citeulike": {"eval_every": 4, "patience": 10},
 }
-# The same searches' best LightGCN: trained beside PromptMM, and by --student-only.
+# The same searches' best LightGCN: what the teacher's ids are, and --student-only.
 LIGHTGCN: dict[str, dict] = {
-    "synthetic": {"dim": 32, "patience": 10, "student_layers": 3, "l2": 0.01},
+    "synthetic": {"dim": 32, "student_layers": 3, "l2": 0.01, "patience": 10},
     "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
     "citeulike": {"eval_every": 4, "patience": 10},
 }
