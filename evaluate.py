@@ -1,4 +1,4 @@
-"""All-ranking evaluation (Section 4.1.2): metrics, significance, recommendation lists.
+"""All-ranking evaluation (Section 4.1.2): metrics, fusion of rankings, lists, significance.
 
 Every item is a candidate for every user except those in `exclude`; nothing is sampled.
 Equal scores rank the lower item index first, on every device.
@@ -9,6 +9,7 @@ import torch
 from scipy import sparse, stats
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]  # users' embeddings [U, e] and items' [I, e]
 CHUNK_SCORES = 2**23  # scores held at once, 32 MiB: user-by-item arrays are never larger
 
 
@@ -104,6 +105,73 @@ def metrics(
     return values
 
 
+# ------------------------------------------------------------ rankings added up
+
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # that it tries beside 0
+
+
+def deviation(user: Tensor, item: Tensor) -> Tensor:
+    """The deviation of each user's scores over all items: [U, e], [I, e] -> [U, 1].
+
+    That of ⟨e_u, e_i⟩ over i is √(e_uᵀ C e_u), C the items' covariance: no [U, I] array.
+    """
+    centred = item - item.mean(0)
+    covariance = centred.T @ centred / len(item)  # C [e, e]
+    variance = ((user @ covariance) * user).sum(1, keepdim=True)  # [U, 1]
+    return variance.clamp(min=0).sqrt()
+
+
+def spread(user: Tensor, item: Tensor) -> float:
+    """The root mean square of `deviation` over the users: one number for all logits."""
+    with torch.no_grad():
+        return float(deviation(user, item).square().mean().sqrt().clamp(min=1e-12))
+
+
+def one_scale(pair: Pair) -> Pair:
+    """The same ranking, its scores over each user's standard deviation over all items.
+
+    A user to whom all items are equal becomes zero.
+    """
+    user, item = pair
+    with torch.no_grad():
+        size = deviation(user, item)  # [U, 1]
+    return torch.where(size > 1e-12, user / size.clamp(min=1e-12), 0.0), item
+
+
+def fuse(pairs: list[Pair], weights: list[float]) -> Pair:
+    """The weighted sum of rankings, as embeddings side by side: [U, Σ e], [I, Σ e]."""
+    kept = [(w * user, item) for w, (user, item) in zip(weights, pairs, strict=True) if w]
+    users, items = zip(*kept, strict=True)
+    return torch.cat(users, dim=1), torch.cat(items, dim=1)
+
+
+def line_search(
+    pairs: list[Pair], train: sparse.csr_matrix, val: sparse.csr_matrix
+) -> list[float]:
+    """The weight of each ranking beside the first, by Recall@20 on validation.
+
+    One after the other, from 0, which one keeps unless another weight gains more than that
+    gain's standard error over the users: noise would find some weight that seems to help.
+    """
+    scaled = [one_scale(pair) for pair in pairs]
+    weights = [1.0] + [0.0] * (len(pairs) - 1)
+
+    def recall(m: int, weight: float) -> np.ndarray:  # of each user  [n]
+        candidate = [*weights[:m], weight, *weights[m + 1 :]]
+        fused = fuse(scaled, candidate)
+        found = evaluate(*fused, val, exclude=train, per_user=True)
+        return found["per_user"]["recall@20"]
+
+    best = recall(0, 1.0)
+    for m in range(1, len(pairs)):
+        tried = {weight: recall(m, weight) for weight in WEIGHTS}
+        weight = max(tried, key=lambda one: tried[one].mean())
+        gain = tried[weight] - best  # [n]
+        if gain.mean() > gain.std() / len(gain) ** 0.5:
+            weights[m], best = weight, tried[weight]
+    return weights[1:]
+
+
 # ------------------------------------------------------------ lists
 
 
@@ -127,6 +195,25 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index, order = index.sort(dim=-1)
     values, by_score = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return values, index.gather(-1, by_score)
+
+
+def best_unobserved(user: Tensor, item: Tensor, train: sparse.csr_matrix, n: int) -> Tensor:
+    """Each user's n best items among those without a training interaction: [U, n].
+
+    Validation and test items are among them where the teacher ranks them high: they are
+    ranked, not looked up. Who has fewer than n left gets the best one again.
+    """
+    n = min(n, len(item))
+    chunk = max(1, CHUNK_SCORES // len(item))
+    found = []
+    for start in range(0, len(user), chunk):
+        logits = user[start : start + chunk] @ item.T  # [c, I]
+        rows, columns = train[start : start + chunk].nonzero()
+        seen = torch.from_numpy(rows), torch.from_numpy(columns)
+        logits[tuple(ids.long().to(logits.device) for ids in seen)] = -torch.inf
+        values, index = logits.topk(n)  # [c, n]
+        found.append(torch.where(values > -torch.inf, index, index[:, :1]))
+    return torch.cat(found)
 
 
 def recommend(
@@ -195,20 +282,6 @@ def _seed_draws(values: np.ndarray, draws: int, rng) -> np.ndarray:
         return np.zeros(draws)
     error = runs.std(ddof=1) / np.sqrt(len(runs))
     return rng.standard_t(len(runs) - 1, draws) * error
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's adjustment for several tests at once: p that hold for all of them together.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
 
 
 # ------------------------------------------------------------ the table of a run

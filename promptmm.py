@@ -10,7 +10,6 @@ Prompt-Tuning", WWW 2024. This file follows Section 3, each part after what it n
     student     LightGCN                                        Eq. 2
     objectives  of stage 1 and of stage 2                       Eq. 13, Eq. 12
     training    one loop for both stages
-    fusion      what each modality weighs, by validation
     lists       the teacher's own top items                     Sec. 3.2.2
     stages      stage 1, stage 2, and the final evaluation
     command     python promptmm.py [--data DIR] [--help]
@@ -55,10 +54,20 @@ from torch import Tensor, nn
 
 import data
 from data import DataError, Dataset, Parser, Sampler, need, write
-from evaluate import CHUNK_SCORES, evaluate, ladder, recommend
+from evaluate import (
+    best_unobserved,
+    evaluate,
+    fuse,
+    ladder,
+    line_search,
+    one_scale,
+    recommend,
+    spread,
+)
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
+WHILE_TRAINING = 0.3  # each modality's weight beside LightGCN until the line search
 Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
 Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
@@ -95,7 +104,7 @@ class Config:
     dropout: float = of_teacher(0.2, "rate of ϱ in Eq. 4 (ours; released: .4-.6)", high=1)
     lambda_prompt: float = of_teacher(0.05, "λ₁ of Eq. 4: ‖λ₁ p^m‖ / ‖x^m‖ (ours, P9)")
     lambda_pair: float = of_kd(0.1, "λ₂ of Eq. 12 (paper: 0-100; value ours)")
-    lambda_list: float = of_kd(1.0, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
+    lambda_list: float = of_kd(3.0, "λ₃ of Eq. 12 (paper: 0-100; value ours)")
     lambda_embed: float = of_kd(0.1, "λ₄ of Eq. 12 (released code: .1-.9)")
     list_items: str = of_kd(
         "top", "negatives of a list: the teacher's best, or any (P14)", ("top", "random")
@@ -264,19 +273,14 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.features = {}  # x^m [I, d_m]
-        eta = []  # η(x^m) [I, d]
-        self.reduction = nn.ModuleList()
-        for m, array in dataset.features.items():
-            x = data.unit_rows(torch.from_numpy(array).to(device, torch.float32))
-            axes, deviation = data.principal(x, max(config.dim, config.dim_teacher))
-            self.features[m] = x
-            eta.append(data.tokens(x, axes, deviation, config.dim))
-            linear = Linear(*axes[:, : config.dim_teacher].shape)  # W^m [d_m, d_T]
-            linear.weight.data.copy_(axes[:, : config.dim_teacher].T)
-            self.reduction.append(linear)
+        self.features = {  # x^m [I, d_m]
+            m: data.unit_rows(torch.from_numpy(x).to(device, torch.float32))
+            for m, x in dataset.features.items()
+        }
+        self.reduction = nn.ModuleList()  # W^m [d_m, d_T] and b^m [d_T]
+        eta = [self.begin(x) for x in self.features.values()]  # η(x^m) [I, d]
         if config.tokens == "concat":
-            self.tokens = torch.cat(eta, dim=1)  # η(x^m) side by side  [I, |M| d]
+            self.tokens = torch.cat(eta, dim=1)  # side by side  [I, |M| d]
         else:
             self.tokens = torch.stack(eta).mean(0)  # Eq. 3 (errata P10)  [I, d]
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]  [I, width + 1]
@@ -291,11 +295,22 @@ class Teacher(nn.Module):
         self.register_buffer("item", item)
         self.register_buffer("weights", torch.full((len(eta),), WHILE_TRAINING))
         self.to(device)
-        self.size = {}  # the deviation of each modality's logits before training
-        for m, layer in self.fixed().items():
-            f = layer.xw.detach() * self.filled[m]  # [I, d_T]
-            profile = self.graph.to_users(f)  # [U, d_T]
-            self.size[m] = spread(profile, f + self.graph.to_items(profile))
+        with torch.no_grad():
+            content = {m: layer.xw * self.filled[m] for m, layer in self.fixed().items()}
+            self.size = {m: spread(*self.smooth(f)) for m, f in content.items()}
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Add a W^m at the principal directions of x^m [I, d_m]; returns η(x^m) [I, d]."""
+        dim, d_t = self.config.dim, self.config.dim_teacher
+        axes, deviation = data.principal(x, max(dim, d_t))  # [d_m, k], [k]
+        linear = Linear(*axes[:, :d_t].shape)
+        linear.weight.data.copy_(axes[:, :d_t].T)
+        self.reduction.append(linear)
+        return data.tokens(x, axes, deviation, dim)
+
+    def knows_no_more(self) -> bool:
+        """Whether it ranks as LightGCN does, since no modality weighs anything."""
+        return not self.weights.any()
 
     def modality_weights(self) -> dict[str, float]:
         """w_m by modality."""
@@ -345,14 +360,29 @@ class Teacher(nn.Module):
         layers = fixed or self.fixed()
         return {m: self.reduce(m, layer, p) for m, layer in layers.items()}
 
+    @torch.no_grad()
+    def prompt_share(self) -> float:
+        """‖λ₁ p^m W^m‖ / ‖x^m W^m‖, mean over m: how much of f^m the prompt makes."""
+        if not self.config.lambda_prompt:
+            return 0.0
+        p = self.prompt(self.tokens)  # [I, d]
+        layers = self.fixed()
+        shares = [self.shift(m, one, p).norm() / one.xw.norm() for m, one in layers.items()]
+        return float(torch.stack(shares).nanmean())
+
+    def smooth(self, f: Tensor) -> Pair:
+        """Â_ui f, a user's profile [U, d_T], and f + Â_iu Â_ui f [I, d_T]."""
+        profile = self.graph.to_users(f)
+        return profile, f + self.graph.to_items(profile)
+
     def propagate(self, f: Tensor) -> Pair:
-        """F_u^m = Â_ui F_i^m, F_i^m = f + Â_iu Â_ui f, unit rows: [U, d_T], [I, d_T].
+        """F_i^m = f + Â_iu Â_ui f in unit rows, F_u^m = Â_ui F_i^m: [U, d_T], [I, d_T].
 
         An item keeps its own content beside that of its neighbours; without neighbours, or
         without content, the other half speaks (errata P12).
         """
-        smooth = self.graph.to_items(self.graph.to_users(f))  # [I, d_T]
-        item = F.normalize(f, dim=1) + F.normalize(smooth, dim=1)  # [I, d_T]
+        around = self.graph.to_items(self.graph.to_users(f))  # [I, d_T]
+        item = F.normalize(f, dim=1) + F.normalize(around, dim=1)  # [I, d_T]
         user = self.graph.to_users(item)  # [U, d_T]
         return F.normalize(user, dim=1), item
 
@@ -436,13 +466,11 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
     y = ⟨Â_ui f, f + Â_iu Â_ui f⟩ without the edge (u, i+) itself: u's profile contains i+,
     so that any f would rank i+ high, and nothing were learnt about other items (P16).
     """
-    graph = teacher.graph
     positive, negative = lists[:, 0], lists[:, 1:]  # [B], [B, 1]
-    edge = graph.edge(users, positive)[:, None]  # Â_ui of the positive  [B, 1]
+    edge = teacher.graph.edge(users, positive)[:, None]  # Â_ui of the positive  [B, 1]
     terms = {}
     for m, f in teacher.reduced().items():
-        profile = graph.to_users(f)  # Â_ui f  [U, d_T]
-        content = f + graph.to_items(profile)  # [I, d_T]
+        profile, content = teacher.smooth(f)  # [U, d_T], [I, d_T]
         user = profile.index_select(0, users)  # [B, d_T]
         of_others = user - edge * f.index_select(0, positive)  # [B, d_T]
         item = content.index_select(0, positive) - edge * user  # [B, d_T]
@@ -463,16 +491,32 @@ def student_terms(
 ) -> Losses:
     """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ ListKD + λ₄ Σ_m EmbKD, by term.
 
-    Without `encoded` the student learns alone. project: for each modality a map d -> d_T on
-    the student's side, dropped at inference (errata P7). Where the prompt is tuned,
-    `encoded` depends on θ_P and BPR(E^T) anchors it: the student's own BPR has no path to
-    θ_P (errata P11).
+    Without `encoded` the student learns alone.
     """
     student_user, student_item = student()  # [U, d], [I, d]
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
     terms = bpr_terms(student, logits, users, lists, config.l2)
-    if encoded is None:
-        return terms
+    if encoded:
+        terms |= kd_terms(config, encoded, logits, student_item, users, lists, project)
+    return terms
+
+
+def kd_terms(
+    config: Config,
+    encoded: Encoded,
+    logits: Tensor,
+    student_item: Tensor,
+    users: Tensor,
+    lists: Tensor,
+    project,
+) -> Losses:
+    """The three distillation losses of Eq. 12, of y^S [B, K] and E_i^S [I, d].
+
+    project: for each modality a map d -> d_T on the student's side, dropped at inference
+    (errata P7). Where the prompt is tuned, `encoded` depends on θ_P and BPR(E^T) anchors
+    it: the student's own BPR has no path to θ_P (errata P11).
+    """
+    terms = {}
     tau = config.temperature
     joint = encoded.teacher_user, encoded.teacher_item
     prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
@@ -651,6 +695,8 @@ def _validate(run: Run, learner: nn.Module, means: dict, rank: Callable[[], Pair
     row = {name: state[name] for name in ("stage", "epoch", "seconds")}
     row |= {metric: found[metric] for metric in ("recall@20", "ndcg@20")}
     row |= {"loss": sum(means.values()), **means}
+    if isinstance(learner, Teacher):
+        row["prompt_share"] = learner.prompt_share()
     state["rows"] = [*state.get("rows", []), row]
     data.write_table(run.folder / "log.csv", state["rows"])
     print(_progress(row, state, run.config), file=sys.stderr, flush=True)
@@ -668,106 +714,34 @@ def _progress(row: dict, state: dict, config: Config) -> str:
     return f"{where}  {judged}  {pace:.2f} s/epoch, {left}"
 
 
-# ------------------------------------------------------------ fusion
-
-WHILE_TRAINING = 0.3  # each modality's weight until the line search
-WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # that it tries beside 0
-
-
-def deviation(user: Tensor, item: Tensor) -> Tensor:
-    """The deviation of each user's scores over all items: [U, e], [I, e] -> [U, 1].
-
-    That of ⟨e_u, e_i⟩ over i is √(e_uᵀ C e_u), C the items' covariance: no [U, I] array.
-    """
-    centred = item - item.mean(0)
-    covariance = centred.T @ centred / len(item)  # C [e, e]
-    variance = ((user @ covariance) * user).sum(1, keepdim=True)  # [U, 1]
-    return variance.clamp(min=0).sqrt()
-
-
-def spread(user: Tensor, item: Tensor) -> float:
-    """The root mean square of `deviation` over the users: one number for all logits."""
-    with torch.no_grad():
-        return float(deviation(user, item).square().mean().sqrt().clamp(min=1e-12))
-
-
-def one_scale(pair: Pair) -> Pair:
-    """The same ranking, its scores over each user's standard deviation over all items.
-
-    A user to whom all items are equal becomes zero.
-    """
-    user, item = pair
-    with torch.no_grad():
-        size = deviation(user, item)  # [U, 1]
-    return torch.where(size > 1e-12, user / size.clamp(min=1e-12), 0.0), item
-
-
-def fuse(pairs: list[Pair], weights: list[float]) -> Pair:
-    """The weighted sum of rankings, as embeddings side by side: [U, Σ e], [I, Σ e]."""
-    kept = [(w * user, item) for w, (user, item) in zip(weights, pairs, strict=True) if w]
-    users, items = zip(*kept, strict=True)
-    return torch.cat(users, dim=1), torch.cat(items, dim=1)
-
-
-def line_search(pairs: list[Pair], dataset: Dataset) -> list[float]:
-    """The weight of each ranking beside the first, by Recall@20 on validation.
-
-    One after the other, from 0, which one keeps unless another weight gains more than that
-    gain's standard error over the users: noise would find some weight that seems to help.
-    """
-    scaled = [one_scale(pair) for pair in pairs]
-    weights = [1.0] + [0.0] * (len(pairs) - 1)
-
-    def recall(m: int, weight: float) -> np.ndarray:  # of each user  [n]
-        candidate = [*weights[:m], weight, *weights[m + 1 :]]
-        fused = fuse(scaled, candidate)
-        found = evaluate(*fused, dataset.val, exclude=dataset.train, per_user=True)
-        return found["per_user"]["recall@20"]
-
-    best = recall(0, 1.0)
-    for m in range(1, len(pairs)):
-        tried = {weight: recall(m, weight) for weight in WEIGHTS}
-        weight = max(tried, key=lambda one: tried[one].mean())
-        gain = tried[weight] - best  # [n]
-        if gain.mean() > gain.std() / len(gain) ** 0.5:
-            weights[m], best = weight, tried[weight]
-    return weights[1:]
-
-
 # ------------------------------------------------------------ lists
 
 
-def best_unobserved(user: Tensor, item: Tensor, train: sparse.csr_matrix, n: int) -> Tensor:
-    """Each user's n best items among those without a training interaction: [U, n].
+class Distillation:
+    """What stage 2 needs beside the student: a teacher, lists, maps to the teacher's width.
 
-    Validation and test items are among them where the teacher ranks them high: they are
-    ranked, not looked up. Who has fewer than n left gets the best one again.
+    width: columns of `lists` that are sampled, the rest is `extend`'s (errata P14).
+    project: for each modality a map d -> d_T, for EmbKD. Without `encode`: nothing at all.
     """
-    n = min(n, len(item))
-    chunk = max(1, CHUNK_SCORES // len(item))
-    found = []
-    for start in range(0, len(user), chunk):
-        logits = user[start : start + chunk] @ item.T  # [c, I]
-        rows, columns = train[start : start + chunk].nonzero()
-        seen = torch.from_numpy(rows), torch.from_numpy(columns)
-        logits[tuple(ids.long().to(logits.device) for ids in seen)] = -torch.inf
-        values, index = logits.topk(n)  # [c, n]
-        found.append(torch.where(values > -torch.inf, index, index[:, :1]))
-    return torch.cat(found)
-
-
-class Lists:
-    """The lists of stage 2: triplets and K - 1 further items of one kind (errata P14)."""
 
     def __init__(self, run: Run, encode: Callable[[], Encoded] | None):
         config = run.config
-        self.train = run.dataset.train
         self.config = config
+        self.train = run.dataset.train
         self.encode = encode
         kind = config.list_items if encode and config.lambda_list else "none"
         self.from_top = kind == "top"
-        self.width = 1 + config.negatives if kind == "random" else 2  # sampled columns
+        self.width = 1 + config.negatives if kind == "random" else 2
         self.best = torch.empty(0)  # [U, N]
+        targets = encode().item_modal if encode and config.lambda_embed else {}
+        widths = [item.shape[1] for item in targets.values()]
+        project = nn.ModuleList(Linear(config.dim, d_t) for d_t in widths)
+        self.project = project.to(run.device)
+
+    def terms(self, student: Student, users: Tensor, lists: Tensor) -> Losses:
+        """Eq. 12 on a batch, by term."""
+        encoded = self.encode() if self.encode else None
+        return student_terms(student, self.config, encoded, users, lists, self.project)
 
     def refresh(self) -> None:
         """Find each user's best items: once, or at each epoch if the prompt moves."""
@@ -791,7 +765,9 @@ class Lists:
 # ------------------------------------------------------------ stages
 
 
-def train_teacher(run: Run, lightgcn: Pair, kind: type[Teacher] = Teacher) -> Teacher:
+def train_teacher(
+    run: Run, lightgcn: Pair | None = None, kind: type[Teacher] = Teacher
+) -> Teacher:
     """Stage 1: content and prompt, then each modality's weight beside a trained LightGCN.
 
     Returns the selected checkpoint, frozen, in eval mode.
@@ -811,7 +787,8 @@ def train_teacher(run: Run, lightgcn: Pair, kind: type[Teacher] = Teacher) -> Te
             modal = zip(
                 encoded.user_modal.values(), encoded.item_modal.values(), strict=True
             )
-            weights = line_search([(teacher.user, teacher.item), *modal], run.dataset)
+            pairs = [(teacher.user, teacher.item), *modal]
+            weights = line_search(pairs, run.dataset.train, run.dataset.val)
             teacher.weights.copy_(torch.tensor(weights))
 
         rank = lambda: teacher()[:2]  # noqa: E731
@@ -830,7 +807,7 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     C8).
     """
     teacher.eval().requires_grad_(False)
-    if not teacher.weights.any():
+    if teacher.knows_no_more():
         return None
     fixed = teacher.fixed()
     first = teacher(fixed)
@@ -861,33 +838,16 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
     if teacher and config.warm_start:  # copied: never the teacher's own (errata C7, C24)
         student.user.data.copy_(teacher.user)
         student.item.data.copy_(teacher.item)
-    learner = nn.ModuleDict({"student": student})
-    widths = [item.shape[1] for item in encode().item_modal.values()] if encode else []
-    project = nn.ModuleList(Linear(config.dim, d_t) for d_t in widths).to(run.device)
-    if config.lambda_embed:
-        learner["project"] = project
+    taught = Distillation(run, encode)
+    learner = nn.ModuleDict({"student": student, "project": taught.project})
     groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
     if teacher and teacher.prompt.weight.requires_grad:
         learner["prompt"] = teacher.prompt
         groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
-
-    def terms(users: Tensor, lists: Tensor) -> Losses:
-        encoded = encode() if encode else None
-        return student_terms(student, config, encoded, users, lists, project)
-
     if not load_finished(run, stage, learner):
-        lists = Lists(run, encode)
-        fit(
-            run,
-            stage,
-            learner,
-            groups,
-            lists.width,
-            terms,
-            student,
-            each_epoch=lists.refresh,
-            extend=lists.extend,
-        )
+        terms = partial(taught.terms, student)
+        hooks = taught.refresh, taught.extend
+        fit(run, stage, learner, groups, taught.width, terms, student, *hooks)
     with torch.no_grad():
         return student()
 
@@ -964,8 +924,9 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
     learnt = sum(embeddings.numel() for embeddings in student)
     sizes = {"student": {"trainable": learnt, "buffers": 0}}
     if teacher:
+        learnt_there = [teacher.user, teacher.item, *teacher.parameters()]
         sizes["teacher"] = {
-            "trainable": sum(weight.numel() for weight in teacher.parameters()),
+            "trainable": sum(weight.numel() for weight in learnt_there),
             "buffers": sum(x.numel() for x in teacher.features.values()),
         }
     return sizes
@@ -978,13 +939,13 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
 PRESETS: dict[str, dict] = {
     "synthetic": {"dim": 32, "student_layers": 3, "l2": 0.01, "patience": 10},
     "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
-    "citeulike": {"eval_every": 4, "patience": 10},
+    "citeulike": {"batch": 2048, "eval_every": 4, "patience": 10},
 }
 # The same searches' best LightGCN: what the teacher's ids are, and --student-only.
 LIGHTGCN: dict[str, dict] = {
     "synthetic": {"dim": 32, "student_layers": 3, "l2": 0.01, "patience": 10},
     "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
-    "citeulike": {"eval_every": 4, "patience": 10},
+    "citeulike": {"batch": 2048, "eval_every": 4, "patience": 10},
 }
 NO_TEACHER = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # LightGCN
 RUN_FILES = "config.json log.csv teacher.pt prompt.pt student.npz metrics.json".split()

@@ -7,7 +7,7 @@ from promptmm import Pair, Run, fit, load_finished
 GRID = {
     "lr_student": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    "batch": (2048, 4096, 8192),
+    "batch": (0, 2048, 4096, 8192),
 }
 
 

@@ -27,7 +27,9 @@ class Distiller(NamedTuple):
     # (student_user [U, d], student_item [I, d], logits [B, K], users [B], lists [B, K])
     terms: Callable[..., Losses]
     modules: dict[str, nn.Module]  # trained with the student, dropped at inference
-    width: int  # columns of `lists`
+    width: int  # columns of `lists` that are sampled
+    each_epoch: Callable[[], None] | None = None  # as `promptmm.fit` takes them
+    extend: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def teachers_of(encoded: Encoded) -> Teachers:
@@ -54,10 +56,11 @@ def train(run: Run, method: Callable[..., Distiller], teachers: Teachers) -> Pai
     def terms(users: Tensor, lists: Tensor) -> Losses:
         user, item = student()  # [U, d], [I, d]
         logits = scores(user, item, users, lists)  # [B, K]
-        own = bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
+        own = bpr_terms(student, logits, users, lists, config.l2)
         return own | distiller.terms(user, item, logits, users, lists)
 
     if not load_finished(run, "method", learner):
-        fit(run, "method", learner, groups, distiller.width, terms, student)
+        hooks = distiller.each_epoch, distiller.extend
+        fit(run, "method", learner, groups, distiller.width, terms, student, *hooks)
     with torch.no_grad():
         return student()

@@ -1,7 +1,7 @@
 """Section 4.3: each part taken out (Table 5); what the prompt does to features (Figure 3).
 
 `options` tries what the equations leave open, and where this project departs from the
-released code, one change at a time. One of these needs another teacher, `UnitRows`.
+released code, one change at a time.
 """
 
 from dataclasses import replace
@@ -9,13 +9,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import data
 from data import need
 from experiments.lab import Job, Lab, compare, judge, learn_all, load_teacher, settings
 from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
-from promptmm import Config, Layer, Teacher
+from promptmm import Config
 
 # ------------------------------------------------------------ Table 5
 
@@ -28,6 +27,10 @@ LEFT_OUT = {  # of the full model
     "w/o ListKD": {"lambda_list": 0.0},
     "w/o EmbKD": {"lambda_embed": 0.0},
     "w/o disentangle": {"beta": "identity", "alpha": 1.0},  # plain KL, Eq. 16
+    "α = 1": {"alpha": 1.0},
+    "lists of random items": {"list_items": "random"},
+    "lists of random items, α = 1": {"list_items": "random", "alpha": 1.0},
+    "lists from each modality": {"list_from": "modal"},
 }
 
 
@@ -81,56 +84,32 @@ def without_doubles(rows: dict) -> dict:
 # ------------------------------------------------------------ options
 
 
-class UnitRows(Teacher):
-    """A teacher whose p^m has rows of unit length, as the released code's (errata C20)."""
-
-    def __init__(self, dataset: data.Dataset, config: Config, device="cpu"):
-        super().__init__(dataset, config, device)
-        self.root = {m: root(gram) for m, gram in self.gram.items()}
-
-    def reduce(self, m: str, layer: Layer, prompt: Tensor) -> Tensor:
-        """Eq. 4 with p^m = p (pᵀX) over its row's norm, not over |I|; f^m [I, d].
-
-        p^m is not formed here either: a row's length is that of p ΘᵀC, with CCᵀ = GGᵀ.
-        """
-        weight, bias = self.prompt.weight, self.prompt.bias
-        theta = torch.cat([weight.T, bias[None]])  # Θ [width + 1, d]
-        length = (prompt @ (theta.T @ self.root[m])).norm(dim=1, keepdim=True)  # [I, 1]
-        return super().reduce(m, layer, prompt * (len(prompt) / length.clamp(min=1e-12)))
-
-
-def root(gram: Tensor) -> Tensor:
-    """C [width + 1, width + 1] with CCᵀ = GGᵀ, of G [width + 1, d_m]; may be singular."""
-    values, vectors = torch.linalg.eigh((gram.double() @ gram.double().T).cpu())
-    return (vectors * values.clamp(min=0).sqrt()).to(gram)
-
-
 OPTIONS = {  # one change each
     "PromptMM": {},
     "tokens side by side (P10)": {"tokens": "concat"},
-    "unit rows of p^m (C20)": {},
-    "F_i^m = f^m, teacher too": {"modal_target": "reduced"},
-    "F_i^m = (f^m + F^m) / 2": {"modal_target": "mean"},
     "τ = 2": {"temperature": 2.0},
     "β = 8": {"beta": 8.0},
     "K - 1 = 50": {"negatives": 50},
+    "N = 20": {"list_pool": 20},
+    "N = 400": {"list_pool": 400},
     "γ = 1": {"gamma": 1.0},
     "γ = 3": {"gamma": 3.0},
+    "dropout 0": {"dropout": 0.0},
+    "d_T = 32": {"dim_teacher": 32},
+    "d_T = 512": {"dim_teacher": 512},
     "student of 1 layer": {"student_layers": 1},
+    "student of 2 layers": {"student_layers": 2},
     "student of 3 layers": {"student_layers": 3},
     "warm start (C24)": {"warm_start": True},
-    "prompt tuned": {"tune_prompt": True},
     "prompt tuned, no anchor (P11)": {"tune_prompt": True, "weight_anchor": 0.0},
 }
-TEACHERS = {"unit rows of p^m (C20)": UnitRows}  # of the options that need another
 
 
 def options(lab: Lab, seeds: int) -> Output:
     """Open choices and departures, one at a time; none that the full model has anyway."""
     full = settings(lab)
     jobs = {
-        name: Job("PromptMM", replace(full, **change), TEACHERS.get(name, Teacher))
-        for name, change in OPTIONS.items()
+        name: Job("PromptMM", replace(full, **change)) for name, change in OPTIONS.items()
     }
     rows = compare(lab, "options", without_doubles(jobs), seeds, "PromptMM")
     title = f"Options on {lab.dataset.name}, one change each, test split"
@@ -174,8 +153,9 @@ def raw_points(lab: Lab, config: Config, chosen: np.ndarray) -> dict[str, np.nda
     """x^m of some items, to the width d by PCA, so that all modalities have one width."""
     points = {}
     for m, array in lab.dataset.features.items():
-        x = data.standardise(torch.from_numpy(array).to(lab.device, torch.float32))
-        points[m] = data.pca_tokens(x[chosen], config.dim).cpu().numpy()
+        x = data.unit_rows(torch.from_numpy(array).to(lab.device, torch.float32))[chosen]
+        axes = data.principal(x, config.dim)
+        points[m] = data.tokens(x, *axes, config.dim).cpu().numpy()
     return points
 
 
@@ -183,7 +163,7 @@ def reduced_points(lab: Lab, config: Config, chosen: np.ndarray) -> dict[str, np
     """f^m of some items, as the teacher of these settings has learnt it."""
     learn_all(lab, "Figure 3", [Job("Teacher", config)])
     with torch.no_grad():
-        reduced = load_teacher(lab, config)().reduced
+        reduced = load_teacher(lab, config).reduced()
     return {m: f[chosen].cpu().numpy() for m, f in reduced.items()}
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +26,14 @@ from experiments.cost import median, peak
 from experiments.lab import child, module
 from promptmm import (
     Config,
+    Distillation,
+    Fixed,
     Graph,
-    Layer,
     Product,
+    Run,
     Student,
     Teacher,
     adjacency,
-    drop,
     lightgcn,
     scores,
     stage_two,
@@ -103,12 +105,11 @@ def loop_evaluate(
 class DirectTeacher(Teacher):
     """Eq. 4 as it is written: p^m is formed, [I, d_m], in every step."""
 
-    def reduce(self, m: str, layer: Layer, prompt: Tensor) -> Tensor:
+    def shift(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
         x = self.features[m]  # [I, d_m]
-        weight = self.reduction[list(self.features).index(m)].weight.T  # [d_m, d]
-        prompt_m = prompt @ (prompt.T @ x) / len(prompt)  # p^m [I, d_m]
-        f = (x + self.config.lambda_prompt * prompt_m) @ weight + layer.bias  # [I, d]
-        return drop(f, self.config.dropout) if self.training else f
+        p_m = p @ (p.T @ x)  # [I, d_m]
+        p_m = p_m * (x.norm() / p_m.norm())
+        return self.config.lambda_prompt * p_m @ layer.weight  # [I, d_T]
 
 
 # ------------------------------------------------------------ measuring
@@ -145,8 +146,7 @@ def step(learner: nn.Module, terms: Callable) -> Callable:
 def steps(on: Setting) -> dict[str, Callable]:
     """One step of each kind of training, by name, each ready to be timed."""
     dataset, config, device = on
-    users, lists = batch_of(on)
-    pairs = users, lists[:, :2]
+    pairs = batch_of(on)
     student, teacher = Student(dataset.train, config, device), Teacher(*on)
     calls = {
         "student alone": step(
@@ -159,32 +159,28 @@ def steps(on: Setting) -> dict[str, Callable]:
 
 def steps_two(on: Setting, teacher: Teacher) -> dict[str, Callable]:
     """One step of stage 2 under a teacher, its prompt frozen and tuned."""
-    batch = batch_of(on)
     calls = {}
     # Frozen first: its encoding is a constant, whatever becomes of the prompt later.
     for name, tuned in ((FROZEN, False), (TUNED, True)):
         config = replace(on.config, tune_prompt=tuned)
-        encode = stage_two(teacher, config)
+        run = Run(Path(), on.dataset, config, torch.device(on.device), {})
+        taught = Distillation(run, stage_two(teacher, config))
+        taught.refresh()
         student = Student(on.dataset.train, config, on.device)
-        learner = nn.ModuleDict({"student": student})
+        learner = nn.ModuleDict({"student": student, "project": taught.project})
         if tuned:
             learner["prompt"] = teacher.prompt
-        terms = partial(stage_two_terms, student, config, encode, batch)
-        calls[name] = step(learner, terms)
+        users, lists = batch_of(on)
+        batch = users, taught.extend(users, lists)
+        calls[name] = step(learner, partial(taught.terms, student, *batch))
     return calls
 
 
-def stage_two_terms(
-    student: Student, config: Config, encode: Callable, batch: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    return student_terms(student, config, encode(), *batch)
-
-
 def batch_of(on: Setting) -> tuple[Tensor, Tensor]:
-    """Users [B] and their lists [B, K]."""
+    """Users [B] and their pairs of items [B, 2]."""
     sampler = Sampler(on.dataset.train, on.device)
     generator = torch.Generator(on.device).manual_seed(0)
-    users, lists = sampler.epoch(generator, on.config.negatives)
+    users, lists = sampler.epoch(generator)
     return users[: on.config.batch], lists[: on.config.batch]
 
 
@@ -331,11 +327,11 @@ def bench_prompt(on: Setting) -> None:
     size = f"I = {WIDE['items']:,}, d_m = {sum(WIDE['dims'].values()):,}"
     show(f"step, prompt tuned, {size}", ours, theirs, "p^m formed in every step")
     show("step, prompt frozen, same size", median(calls[FROZEN], on.device, 5))
+    direct.load_state_dict(teacher.state_dict())
     with torch.no_grad():
-        fast, fixed = teacher().reduced, teacher.fixed()
-        prompt = teacher.prompt(teacher.tokens)
-        for m, f in fast.items():
-            written = DirectTeacher.reduce(teacher, m, fixed.layers[m], prompt)
+        slow = direct.eval().reduced()
+        for m, f in teacher.eval().reduced().items():
+            written = slow[m]
             error = ((f - written).norm() / written.norm()).item()
             print(f"  f^{m}: fast against direct, relative error {error:.1e}")
 

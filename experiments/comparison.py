@@ -3,6 +3,8 @@
 `first_run` is the main job, `python promptmm.py`, as a reader runs it.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -11,6 +13,7 @@ import data
 from evaluate import evaluate, ladder
 from experiments.lab import (
     CODE,
+    FUSED,
     Job,
     Lab,
     child,
@@ -26,7 +29,7 @@ from experiments.lab import (
 from experiments.publish import PAIRED, Output, fence, markdown, protocol, ranking_table
 
 REFERENCE = "LightGCN"  # what every other model is tested against
-BY_POPULARITY = ("MostPop", "LightGCN", "Teacher", "PromptMM")
+BY_POPULARITY = ("MostPop", "LightGCN", FUSED, "Teacher", "PromptMM")
 GROUPS = {  # by training interactions of an item: from, to below
     "never": (0, 1),
     "1-3": (1, 4),
@@ -88,7 +91,8 @@ def table4(lab: Lab, seeds: int) -> Output:
 
 def popularity(lab: Lab, seeds: int) -> Output:
     """Recall@20 by how often an item was seen in training: who gains by content?"""
-    jobs = {model: Job(model, settings(lab, model)) for model in BY_POPULARITY}
+    models = (*(name for name in names(lab) if name.startswith("Profile")), *BY_POPULARITY)
+    jobs = {model: Job(model, settings(lab, model)) for model in models}
     every = [one for job in jobs.values() for one in seeded(job, seeds)]
     learn_all(lab, "popularity", every)
     test = lab.dataset.test
@@ -104,7 +108,29 @@ def popularity(lab: Lab, seeds: int) -> Output:
         rows, {"model": "items seen in training"} | {name: name for name in GROUPS}
     )
     title = f"Recall@20 by popularity on {lab.dataset.name}, test split"
-    return Output(title, rows, text, protocol(jobs["PromptMM"].config, seeds))
+    note = protocol(jobs["PromptMM"].config, seeds)
+    return Output(title, rows, text, note, partial(plot_gains, rows))
+
+
+def plot_gains(rows: list[dict], figure) -> None:
+    """Recall over LightGCN's in each group: the ladder side by side."""
+    by_model = {row["model"]: row for row in rows[1:]}
+    base = by_model.pop(REFERENCE)
+    del by_model["MostPop"]
+    axis = figure.subplots()
+    places = np.arange(len(GROUPS))
+    width = 0.8 / len(by_model)
+    for n, (model, row) in enumerate(by_model.items()):
+        gains = [row[group]["mean"] - base[group]["mean"] for group in GROUPS]
+        bars = [row[group]["std"] for group in GROUPS]
+        axis.bar(
+            places + n * width, gains, width, yerr=bars, label=model, error_kw={"lw": 0.8}
+        )
+    labels = [f"{group}\n{rows[0][group]} of test" for group in GROUPS]
+    axis.set_xticks(places + 0.4 - width / 2, labels)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="items by training interactions", ylabel="Recall@20 over LightGCN's")
+    axis.legend(fontsize=8)
 
 
 def by_popularity(

@@ -1,54 +1,97 @@
 """Is it content that the student learns, or would any teacher do? Controls beside Table 5.
 
 Content that says nothing (features shuffled over items, or noise), a teacher without
-content, one loss at a time, and one half of a list at a time.
+content, one loss at a time, one half of a list at a time, on the teacher's best items and
+on random ones, narrow students; and how faithful a student is.
 """
 
 from dataclasses import replace
 
 import numpy as np
+import torch
+from scipy import stats
 
-from experiments.lab import Job, Lab, compare, settings
-from experiments.publish import PAIRED, Output, protocol, ranking_table
-from promptmm import Config
+from evaluate import best_unobserved, fuse, one_scale
+from experiments.lab import (
+    FUSED,
+    Job,
+    Lab,
+    compare,
+    embeddings,
+    learn_all,
+    seeded,
+    settings,
+    spread,
+    with_data,
+)
+from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
+from promptmm import Config, Encoded, Teacher
 
 FULL = "PromptMM"
-CHANGES = {  # of the full model's settings
+ALONE = {  # what is left out
     "PairKD alone": ("lambda_list", "lambda_embed"),
     "ListKD alone": ("lambda_pair", "lambda_embed"),
     "EmbKD alone": ("lambda_pair", "lambda_list"),
 }
+HALVES = {
+    "b alone": {"alpha": 1.0, "beta": 0.0},
+    "α = 1": {"alpha": 1.0, "beta": 1.0},
+    "plain KL": {"alpha": 1.0, "beta": "identity"},
+}
+
+
+class NoContent(Teacher):
+    """LightGCN as a teacher: its ids, and nothing that a student could not learn itself."""
+
+    def knows_no_more(self) -> bool:
+        return False  # it teaches all the same
+
+    def forward(self, fixed=None) -> Encoded:
+        return Encoded(*fuse([one_scale((self.user, self.item))], [1.0]), {}, {})
 
 
 def controls(lab: Lab, seeds: int) -> Output:
     """What remains of the gain over LightGCN under each control."""
     full = settings(lab)
-    jobs = {"LightGCN": Job("LightGCN", settings(lab, "LightGCN")), FULL: Job(FULL, full)}
-    jobs |= {name: Job(FULL, config) for name, config in changed(full).items()}
+    alone = Job("LightGCN", settings(lab, "LightGCN"))
+    jobs = {"LightGCN": alone, FUSED: Job(FUSED, settings(lab, FUSED))}
+    jobs |= {"Teacher": Job("Teacher", full), FULL: Job(FULL, full)}
     elsewhere = {}
     for name, features in useless(lab).items():
-        elsewhere[name] = replace(lab, dataset=replace(lab.dataset, features=features))
+        elsewhere[name] = with_data(lab, replace(lab.dataset, features=features))
         jobs[name] = Job(FULL, full)
+    itself = replace(full, lambda_embed=0.0, list_from="joint")
+    jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
+    if not lab.source:  # each row costs five trainings
+        jobs |= {name: Job(FULL, config) for name, config in changed(full).items()}
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (
-        "without content: c = 0 and PairKD alone, LightGCN teaches LightGCN; b alone: "
-        "β = 0; q alone: α = 0; shuffled: rows over items, all modalities in one order; "
-        "noise: normal, of each modality's mean and deviation; nothing is tuned again"
+        "shuffled: rows over items, all modalities in one order; noise: normal, of each "
+        "modality's mean and deviation; LightGCN from LightGCN: the teacher's ids alone "
+        "teach; b alone: β = 0; nothing is tuned again"
     )
     title = f"Controls on {lab.dataset.name}, test split"
-    text = ranking_table(rows, "LightGCN")
-    return Output(title, rows, text, f"{protocol(full, seeds)}; {PAIRED}; {note}")
+    found = fidelity(lab, full, seeds)
+    text = f"{ranking_table(rows, 'LightGCN')}\n\n{markdown(found, FIDELITY)}"
+    return Output(
+        title,
+        rows,
+        text,
+        f"{protocol(full, seeds)}; {PAIRED}; {note}",
+        extra={"fidelity": found},
+    )
 
 
 def changed(full: Config) -> dict[str, Config]:
-    """The full model with one thing left."""
+    """The full model with one thing left, or another kind of list, or another width."""
     rows = {}
-    for name, left_out in CHANGES.items():
+    for name, left_out in ALONE.items():
         rows[name] = replace(full, **dict.fromkeys(left_out, 0.0))
-    rows["teacher without content"] = replace(rows["PairKD alone"], fusion=0.0)
-    rows["lists: b alone"] = replace(full, beta=0.0)
-    rows["lists: q alone"] = replace(full, alpha=0.0)
-    rows["lists: plain KL"] = replace(full, alpha=1.0, beta="identity")
+    for kind in ("top", "random"):
+        listed = replace(full, list_items=kind)
+        rows[f"{kind} lists"] = listed
+        for half, change in HALVES.items():
+            rows[f"{kind} lists: {half}"] = replace(listed, **change)
     return rows
 
 
@@ -64,3 +107,41 @@ def useless(lab: Lab, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
         "features shuffled": {m: x[order] for m, x in features.items()},
         "features of noise": noise,
     }
+
+
+# ------------------------------------------------------------ fidelity
+
+FIDELITY = {
+    "model": "beside its teacher",
+    "overlap": "of the teacher's 20 best, also its own",
+    "correlation": "rank correlation on the teacher's 100 best",
+}
+
+
+def fidelity(lab: Lab, full: Config, seeds: int) -> list[dict]:
+    """How far PromptMM and LightGCN rank as the teacher does, over all users."""
+    rows = []
+    for model in ("LightGCN", FULL):
+        job = Job(model, settings(lab, model))
+        found = [
+            faithful(lab, one, Job("Teacher", replace(full, seed=one.config.seed)))
+            for one in seeded(job, seeds)
+        ]
+        rows.append(
+            {"model": model} | {key: spread([f[key] for f in found]) for key in found[0]}
+        )
+    return rows
+
+
+def faithful(lab: Lab, student: Job, teacher: Job, sample: int = 500) -> dict[str, float]:
+    learn_all(lab, "fidelity", [student, teacher])
+    train = lab.dataset.train
+    theirs, own = embeddings(lab, *teacher), embeddings(lab, *student)
+    best = best_unobserved(*theirs, train, 100)  # [U, 100]
+    mine = best_unobserved(*own, train, 20)  # [U, 20]
+    shared = (best[:, :20, None] == mine[:, None]).any(-1).float().mean()
+    users = torch.arange(0, len(best), max(1, len(best) // sample))
+    logits = torch.einsum("ud,ukd->uk", own[0][users], own[1][best[users]])  # [n, 100]
+    order = -np.arange(best.shape[1])
+    correlations = [stats.spearmanr(row, order).statistic for row in logits.cpu().numpy()]
+    return {"overlap": float(shared), "correlation": float(np.nanmean(correlations))}

@@ -24,10 +24,11 @@ from experiments.lab import Job, Lab, child, learn_all, module, settings, studen
 from experiments.publish import Output, markdown
 from promptmm import (
     Config,
+    Distillation,
+    Run,
     Student,
     Teacher,
     stage_two,
-    student_terms,
     teacher_terms,
     train_epoch,
 )
@@ -117,7 +118,10 @@ def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn
 
 def sizes(model: nn.Module) -> dict[str, int]:
     """Numbers that are learnt, frozen ones, and bytes of both, which serving must hold."""
-    trainable = sum(weight.numel() for weight in model.parameters())
+    weights = list(model.parameters())
+    if isinstance(model, Teacher):
+        weights += [model.user, model.item]  # LightGCN's, learnt before
+    trainable = sum(weight.numel() for weight in weights)
     buffers = sum(x.numel() for x in getattr(model, "features", {}).values())
     return {"trainable": trainable, "buffers": buffers, "serve": 4 * (trainable + buffers)}
 
@@ -126,35 +130,37 @@ def epoch(
     kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
 ) -> float:
     """Seconds of one epoch of training."""
-    terms, learner, width = objective(kind, model, dataset, config, device)
-    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
+    given = config.batch_teacher if kind == "teacher" else config.batch
+    share = 10 if kind == "teacher" else 40
+    batch = given or max(256, -(-dataset.train.nnz // share))
     sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
-    batch = config.batch if kind == "teacher" else config.batch_student or config.batch
+    if kind == "teacher":
+        learner, width, extend = model, 2, None
+        terms = partial(teacher_terms, model)
+    else:
+        taught = distillation(kind, dataset, config, device)
+        learner = nn.ModuleDict({"student": model, "project": taught.project})
+        width, extend = taught.width, taught.extend
+        terms = partial(taught.terms, model)
+        taught.refresh()
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
+
+    def extended(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
+        return terms(users, extend(users, lists) if extend else lists)
 
     def once():
-        train_epoch(learner, optimiser, sampler.epoch(generator, width - 1), batch, terms)
+        samples = sampler.epoch(generator, width - 1)
+        train_epoch(learner, optimiser, samples, batch, extended)
 
     return median(once, device, 3)
 
 
-def objective(
-    kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
-) -> tuple[Callable, nn.Module, int]:
-    """The terms of one kind of training, what learns by them, the width of its lists."""
-    if kind == "teacher":
-        return partial(teacher_terms, model), model, 2
+def distillation(kind: str, dataset: Dataset, config: Config, device: str) -> Distillation:
+    """What a student of this kind learns from, under a teacher of untrained weights."""
+    run = Run(Path(), dataset, config, torch.device(device), {})
     if kind == "student alone":
-        return partial(student_terms, model, config, None), model, 2
-    teacher = Teacher(dataset, config, device)
-    encode = stage_two(teacher, config)
-    learner = nn.ModuleDict({"student": model})
-    if teacher.prompt.weight.requires_grad:  # it is tuned
-        learner["prompt"] = teacher.prompt
-
-    def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
-        return student_terms(model, config, encode(), users, lists)
-
-    return terms, learner, 1 + (config.negatives if config.lambda_list else 1)
+        return Distillation(run, None)
+    return Distillation(run, stage_two(Teacher(dataset, config, device), config))
 
 
 # ------------------------------------------------------------ measuring

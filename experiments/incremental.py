@@ -17,12 +17,14 @@ from evaluate import evaluate
 from experiments.lab import (
     Job,
     Lab,
+    ids_settings,
     judge,
     learn_all,
     log_of,
     settings,
     spread,
     student_weights,
+    with_data,
 )
 from experiments.publish import Output, markdown, protocol
 from promptmm import Config, Student, bpr_terms, scores, train_epoch
@@ -68,7 +70,7 @@ def table7(lab: Lab, seeds: int) -> Output:
 def increment(lab: Lab, config: Config) -> dict[str, dict[str, float]]:
     """One seed: recall, NDCG and training seconds of each way to take in new data."""
     old, new = split(lab.dataset.train, config.seed)
-    before = replace(lab, dataset=replace(lab.dataset, train=old))
+    before = with_data(lab, replace(lab.dataset, train=old))
     job = Job("PromptMM", config)
     learn_all(before, "Table 7, before", [job])
     student = Student(lab.dataset.train, config, lab.device)
@@ -96,7 +98,10 @@ def retrained(lab: Lab, job: Job) -> dict[str, float]:
     """A model trained anew on everything; a student pays for its teacher too."""
     learn_all(lab, "Table 7, retrained", [job])
     values = judge(lab, *job)
-    paid = [job, job._replace(model="Teacher")] if job.model == "PromptMM" else [job]
+    paid = [job]
+    if job.model == "PromptMM":
+        ids = Job("LightGCN", ids_settings(lab, job.config))
+        paid += [job._replace(model="Teacher"), ids]
     seconds = sum(seconds_to_best(log_of(lab.folder(*one))) for one in paid)
     return {metric: float(values[metric].mean()) for metric in METRICS} | {
         "seconds": seconds
@@ -124,11 +129,11 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
     generator = torch.Generator(lab.device).manual_seed(config.seed)
     step = config.lr_student / 10  # small, for it starts from a trained model
     optimiser = torch.optim.AdamW(student.parameters(), lr=step, weight_decay=0.0)
-    batch = config.batch_student or config.batch
+    batch = config.batch or max(256, -(-lab.dataset.train.nnz // 40))
 
     def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
         logits = scores(*student(), users, lists)  # [B, 2]
-        return bpr_terms(student, logits, users, lists, config.l2_student or config.l2)
+        return bpr_terms(student, logits, users, lists, config.l2)
 
     best, spent = -1.0, 0.0
     stale = 0

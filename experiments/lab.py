@@ -49,6 +49,7 @@ from promptmm import (
     Run,
     Teacher,
     most_popular,
+    stage_two,
     train_student,
     train_teacher,
 )
@@ -98,6 +99,7 @@ class Lab:
     quick: bool
     out: Path
     keep: bool = False  # accept models that other code has trained
+    origin: str = ""  # of data changed by `with_data`: the fingerprint of what they were
     used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
 
     @cached_property
@@ -119,11 +121,9 @@ class Lab:
 
     def folder(self, model: str, config: Config, kind: type = Teacher) -> Path:
         """Where a trained model lies; with `keep` one of older code will do."""
-        matter = {
-            one.name: getattr(config, one.name)
-            for one in fields(config)
-            if one.metadata["of"] in deciding(model)
-        }
+        matter = decided_by(model, config)
+        if model not in MODELS:  # it stands on a trained LightGCN
+            matter["lightgcn"] = decided_by("LightGCN", ids_settings(self, config))
         name = model if kind is Teacher else f"{model} {kind.__name__}"
         stem = f"{slug(name)}-{digest(matter)}"
         exact = self.cache / f"{stem}-{code_digest(sources(model, kind))}"
@@ -139,6 +139,25 @@ class Job(NamedTuple):
     model: str
     config: Config
     kind: type = Teacher
+
+
+def decided_by(model: str, config: Config) -> dict:
+    """The settings that decide what a trained model is."""
+    return {
+        one.name: getattr(config, one.name)
+        for one in fields(config)
+        if one.metadata["of"] in deciding(model)
+    }
+
+
+def ids_settings(lab: Lab, config: Config) -> Config:
+    """Those of the LightGCN that is a teacher's ids: its own search's, the same seed."""
+    return replace(settings(lab, "LightGCN"), seed=config.seed)
+
+
+def with_data(lab: Lab, dataset: Dataset) -> Lab:
+    """The lab with other data of the same kind, under the settings of its own."""
+    return replace(lab, dataset=dataset, origin=lab.origin or lab.fingerprint)
 
 
 def deciding(model: str) -> tuple[str, ...]:
@@ -223,8 +242,8 @@ def learn(lab: Lab, model: str, config: Config, kind: type = Teacher) -> Path:
             if not is_trained(folder):  # another process may have been at it meanwhile
                 train(lab, folder, Job(model, config, kind))
     lab.used.add(folder)
-    if is_taught(model):
-        lab.used.add(lab.folder("Teacher", config, kind))
+    for job in with_teachers(lab, [Job(model, config, kind)]):
+        lab.used.add(lab.folder(*job))
     return folder
 
 
@@ -259,11 +278,15 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
     if model in MODELS:
         return baselines.common.train(run, MODELS[model])
     if model == "Teacher":
-        return train_teacher(run, kind)()[:2]
+        ids = embeddings(lab, "LightGCN", ids_settings(lab, config))
+        return train_teacher(run, tuple(ids), kind)()[:2]
     teacher = load_teacher(lab, config, kind)
     if model in METHODS:
-        with torch.no_grad():
-            teachers = distillers.common.teachers_of(teacher())
+        encode = stage_two(teacher, config)
+        need(
+            encode, "a teacher that knows more than LightGCN: expected a modality's weight"
+        )
+        teachers = distillers.common.teachers_of(encode())
         return distillers.common.train(run, METHODS[model], teachers)
     return train_student(run, "student", teacher)
 
@@ -278,7 +301,9 @@ def circumstances(folder: Path) -> dict:
 def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
     """The trained teacher of these settings: frozen, in eval mode."""
     folder = learn(lab, "Teacher", config, kind)
-    return train_teacher(Run(folder, lab.dataset, config, lab.device, {}), kind)
+    run = Run(folder, lab.dataset, config, lab.device, {})
+    ids = embeddings(lab, "LightGCN", ids_settings(lab, config))
+    return train_teacher(run, tuple(ids), kind)
 
 
 def student_weights(folder: Path, device) -> dict[str, Tensor]:
@@ -294,7 +319,7 @@ def student_weights(folder: Path, device) -> dict[str, Tensor]:
 def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
     """Train what is not trained yet, a line for each, with the time left."""
     todo = {}
-    for job in with_teachers(jobs):
+    for job in with_teachers(lab, jobs):
         folder = lab.folder(*job)
         lab.used.add(folder)
         if not is_trained(folder):
@@ -311,15 +336,22 @@ def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
         print(f"{where}: {what}, validation {best:.4f}; {pace}", flush=True)
 
 
-def with_teachers(jobs: Iterable[Job]) -> Iterator[Job]:
+def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
     """A student brings its teacher along: listed, it is counted too, and trained once."""
     for job in jobs:
         if is_taught(job.model):
+            yield from with_ids(lab, job)
             yield job._replace(model="Teacher")
+        elif job.model == "Teacher":
+            yield from with_ids(lab, job)
         if job.model == FUSED:
             yield job._replace(model="LightGCN")
         elif not is_untrained(job.model):
             yield job
+
+
+def with_ids(lab: Lab, job: Job) -> Iterator[Job]:
+    yield Job("LightGCN", ids_settings(lab, job.config))
 
 
 def log_of(folder: Path) -> dict[str, np.ndarray]:
@@ -328,7 +360,10 @@ def log_of(folder: Path) -> dict[str, np.ndarray]:
     header, *rows = (line.split(",") for line in lines)
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     del columns["stage"]
-    return {name: np.array(column, float) for name, column in columns.items()}
+    return {
+        name: np.array([float(cell or "nan") for cell in column])
+        for name, column in columns.items()
+    }
 
 
 # ------------------------------------------------------------ judge and compare
@@ -399,7 +434,9 @@ def compare(
     reference: str,
     elsewhere: dict[str, Lab] | None = None,
 ) -> list[dict]:
-    """Mean, std and runs of each row, a paired test over users against the reference.
+    """Mean, std and runs of each row, a test over users and seeds against the reference.
+
+    p: Holm's over the rows, by metric; p_single: of the row alone.
 
     elsewhere: rows that are trained on other features for the same interactions.
     """
@@ -417,7 +454,26 @@ def compare(
         if name != reference:
             row |= significance(found, values[reference])
         table.append(row | {"gain": gains(found, values[reference])})
+    for key in TESTED:
+        tested = [row for row in table if key in row]
+        adjusted = holm([row[key] for row in tested])
+        for row, p in zip(tested, adjusted, strict=True):
+            row |= {f"{key}_single": row[key], key: p}
     return table
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjustment for several tests at once: p that hold for all of them together.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def significance(found: Values, reference: Values) -> dict:
@@ -452,7 +508,8 @@ def search(lab: Lab) -> dict:
     """
     file = ROOT / "results" / lab.dataset.name / "tune.json"
     found = data.read_json(file, "best", "tried") if file.exists() else {}
-    same = not lab.source or found.get("fingerprint") == lab.fingerprint
+    known = lab.origin or lab.fingerprint
+    same = not lab.source or found.get("fingerprint") == known
     return found if same else {}
 
 

@@ -29,8 +29,8 @@ COLOURS = [
     "#56B4E9",
 ]  # Okabe and Ito's
 PAIRED = (
-    "p: paired bootstrap over users of the values averaged over seeds, 10,000 draws (so "
-    "never below 0.0001)"
+    "p: bootstrap over users, paired, with the seeds of both models drawn too (10,000 "
+    "draws, so never below 0.0001), by Holm's method over the rows"
 )
 
 

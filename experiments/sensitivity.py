@@ -9,7 +9,7 @@ from promptmm import Config
 
 SWEEPS = {  # the paper's values; teacher and student share those of d and L
     "d": (("dim",), (16, 32, 64, 128)),
-    "L": (("teacher_layers", "student_layers"), (1, 2, 3, 4)),
+    "L": (("student_layers",), (1, 2, 3, 4)),
     "dropout": (("dropout",), (0.0, 0.2, 0.4, 0.6, 0.8)),
     "λ₁": (("lambda_prompt",), (0.0, 0.01, 0.1, 1.0, 10.0)),
     "λ₂": (("lambda_pair",), (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),

@@ -18,44 +18,33 @@ from promptmm import Config
 REDRAWN = 1 / 3  # the probability that a try draws a setting anew
 SPACES = {  # besides those of baselines/, and after them
     "Teacher": {
-        "lr_teacher": (2e-3, 5e-3, 1e-2, 2e-2),
-        "teacher_layers": (1, 2, 3, 4),
-        "fusion": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
-        "weight_modal": (0.01, 0.1, 1.0),
-        "lambda_prompt": (0.01, 0.1, 1.0),
+        "lr_teacher": (3e-4, 1e-3, 3e-3),
+        "dim_teacher": (64, 128, 256, 512, 1024),
+        "lambda_prompt": (0.01, 0.05, 0.2),
         "dropout": (0.0, 0.2, 0.5),
         "tokens": ("mean", "concat"),
     },
     "PromptMM": {
         "lr_student": (2e-3, 5e-3, 1e-2, 2e-2),
-        "batch_student": (2048, 4096, 8192),
-        "l2_student": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "batch": (0, 2048, 4096),
+        "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         "student_layers": (1, 2, 3, 4),
-        "lambda_pair": (0.03, 0.1, 0.3, 1.0, 3.0),
-        "lambda_list": (0.01, 0.03, 0.1, 0.3),
-        "lambda_embed": (0.03, 0.1, 0.3, 1.0),
-        "beta": (1.0, 8.0),
-        "temperature": (1.0, 2.0),
-        "gamma": (1.0, 2.0, 3.0),
-        "negatives": (5, 10, 50),
+        "lambda_pair": (0.03, 0.1, 0.3, 1.0),
+        "lambda_list": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        "lambda_embed": (0.01, 0.03, 0.1, 0.3),
+        "temperature": (0.5, 1.0, 2.0),
+        "negatives": (10, 20, 50),
+        "list_pool": (50, 100, 200, 400),
         "tune_prompt": (True, False),
     },
 }
 # Of each first try, what earlier single runs had shown; "all": for every model.
-CITEULIKE = {
-    "all": {"eval_every": 4, "patience": 10},  # as long a wait, half the evaluations
-    "Teacher": {"batch": 8192, "lr_teacher": 0.01},
-    "PromptMM": {"tune_prompt": False},
-}
+CITEULIKE = {"all": {"eval_every": 4, "patience": 10}, "LightGCN": {"batch": 2048}}
 START = {
-    "synthetic": {
-        "all": {"dim": 32, "patience": 10},
-        "Teacher": {"lr_teacher": 0.02, "batch": 2048},
-        "PromptMM": {"lr_student": 0.02, "batch_student": 2048},
-    },
+    "synthetic": {"all": {"dim": 32, "patience": 10}},
     "citeulike": CITEULIKE,
     "citeulike_tag": CITEULIKE,
-    "tiktok": {"Teacher": {"fusion": 0.1}, "PromptMM": {"tune_prompt": False}},
+    "tiktok": {"LightGCN": {"batch": 4096, "student_layers": 4, "l2": 3e-3}},
 }
 ONE_STREAM = ("MF-BPR", "LightGCN", "Teacher", "PromptMM")  # as when the presets were made
 
@@ -137,18 +126,9 @@ def beginning(model: str, best: dict[str, dict]) -> dict:
         return {}
     like = MODELS["LightGCN"].Settings(**best["LightGCN"])
     if model == "Teacher":
-        return {
-            "batch": like.batch,
-            "l2": like.l2,
-            "lr_teacher": like.lr_student,
-            "teacher_layers": like.student_layers,
-        }
-    return best["Teacher"] | {
-        "batch_student": like.batch,
-        "l2_student": like.l2,
-        "lr_student": like.lr_student,
-        "student_layers": like.student_layers,
-    }
+        return {}
+    own = ("batch", "l2", "lr_student", "student_layers")
+    return best["Teacher"] | {name: getattr(like, name) for name in own}
 
 
 def given(dataset: str, model: str) -> dict:

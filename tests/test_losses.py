@@ -229,8 +229,9 @@ def test_l2_penalty_is_half_the_squares_over_the_batch():
 
 
 def test_the_defaults_are_the_settings():
-    """One β, whether the loss is called by hand or by a run."""
+    """One β, whether the loss is called by hand or by a run; α is the paper's by hand."""
     defaults = inspect.signature(list_kd).parameters
     config = Config()
-    for name in ("alpha", "beta", "temperature"):
+    assert (defaults["alpha"].default, config.alpha) == (1.0, 0.0)
+    for name in ("beta", "temperature"):
         assert defaults[name].default == getattr(config, name)

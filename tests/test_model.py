@@ -14,14 +14,18 @@ import data
 from losses import l2_penalty
 from promptmm import (
     Config,
+    Distillation,
     Graph,
     PromptModule,
+    Run,
     Student,
     Teacher,
     adjacency,
+    kd_terms,
     lightgcn,
     margin,
     scores,
+    stage_two,
     student_terms,
     teacher_terms,
 )
@@ -133,13 +137,17 @@ def test_propagation_gradient():
 # ------------------------------------------------------------ prompt
 
 
+def components(x, dim):
+    return data.tokens(x, *data.principal(x, dim), dim)
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 def test_tokens_are_whitened_components_with_fixed_signs(width, dim, seed):
     """Against a singular value decomposition, the largest entry of each positive."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((30, width)) * np.arange(1, width + 1)
     x -= x.mean(0)
-    tokens = data.pca_tokens(torch.from_numpy(x).float(), dim).numpy()
+    tokens = components(torch.from_numpy(x).float(), dim).numpy()
     kept = min(width, dim)
     assert tokens.shape == (30, dim)
     assert (tokens[:, kept:] == 0).all()
@@ -153,25 +161,46 @@ def test_tokens_are_whitened_components_with_fixed_signs(width, dim, seed):
 
 def test_tokens_of_redundant_features_end_in_zeros():
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 9)
-    tokens = data.pca_tokens(x - x.mean(0), 5)
+    tokens = components(x - x.mean(0), 5)
     assert (tokens[:, 2:] == 0).all()
     assert tokens[:, :2].abs().max() > 0.5
-    assert (data.pca_tokens(torch.zeros(50, 3), 2) == 0).all()
+    assert (components(torch.zeros(50, 3), 2) == 0).all()
 
 
-def test_standardised_features_are_centred_with_unit_rows():
+def test_content_is_centred_over_the_rows_that_have_any():
     x = 1000 * torch.rand(40, 7) + 300
-    y = data.standardise(x)
-    assert y.mean(0).abs().max() < 1e-5
-    assert y.square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
-    assert (data.standardise(torch.ones(4, 3)) == 0).all()
+    x[5:9] = 0
+    y = data.unit_rows(x)
+    filled = x.any(1)
+    assert (y[~filled] == 0).all()
+    assert torch.allclose(y[filled].norm(dim=1), torch.ones(36))
+    centred = x[filled] - x[filled].mean(0)
+    assert torch.allclose(y[filled], centred / centred.norm(dim=1, keepdim=True), atol=1e-4)
+    assert (data.unit_rows(torch.zeros(4, 3)) == 0).all()
+    assert data.unit_rows(1e30 * x).isfinite().all()
+
+
+def test_w_starts_at_the_principal_directions(tiny, config):
+    """Before training f^m is x^m turned, or its principal part: the fusion's profiles."""
+    plain = dataclasses.replace(config, lambda_prompt=0.0)
+    whole, cut = (
+        Teacher(tiny, dataclasses.replace(plain, dim_teacher=d)).eval() for d in (64, 5)
+    )
+    for m, x in whole.features.items():
+        f = whole.reduced()[m]
+        assert torch.allclose(f @ f.T, x @ x.T, atol=1e-5)
+        _, _, right = torch.linalg.svd(x, full_matrices=False)
+        part = cut.reduced()[m]
+        assert part.shape == (40, 5)
+        assert torch.allclose(part @ part.T, x @ right[:5].T @ right[:5] @ x.T, atol=1e-4)
 
 
 def direct_reduction(teacher, m, index):
     """Eq. 4 as it is written: p, then p^m [I, d_m], then (x^m + λ₁ p^m) W^m + b^m."""
     x, layer = teacher.features[m], teacher.reduction[index]
     p = teacher.prompt(teacher.tokens)
-    p_m = p @ (p.T @ x) / len(p)
+    p_m = p @ (p.T @ x)
+    p_m = p_m * x.norm() / p_m.norm()
     return (x + teacher.config.lambda_prompt * p_m) @ layer.weight.T + layer.bias
 
 
@@ -179,10 +208,10 @@ def check_same_reduction(teacher, direct):
     """f^m fast against direct, to 1e-5 relative: value, and gradient of the prompt."""
     with torch.no_grad():
         teacher.prompt.bias.normal_()
-    weights = {m: torch.randn(40, 8) for m in teacher.features}
-    both = []
     written = {m: direct(teacher, m, i) for i, m in enumerate(teacher.features)}
-    for reduced in (teacher().reduced, written):
+    weights = {m: torch.randn(f.shape) for m, f in written.items()}
+    both = []
+    for reduced in (teacher.reduced(), written):
         total = sum((reduced[m] * weights[m]).sum() for m in reduced)
         gradients = torch.autograd.grad(total, list(teacher.prompt.parameters()))
         both.append((reduced, gradients))
@@ -206,18 +235,53 @@ def test_the_prompt_product_never_needs_an_item_by_item_matrix(tiny, config):
     without.load_state_dict(teacher.state_dict())
     p = teacher.prompt(teacher.tokens)
     for (m, x), layer in zip(teacher.features.items(), teacher.reduction, strict=True):
-        printed = (p @ p.T) @ x / len(x)
-        added = teacher().reduced[m] - without().reduced[m]
+        printed = (p @ p.T) @ x
+        printed = printed * x.norm() / printed.norm()
+        added = teacher.reduced()[m] - without.reduced()[m]
         assert torch.allclose(added, printed @ layer.weight.T, atol=1e-5)
         assert added.abs().max() > 1e-3
+
+
+@given(
+    st.floats(0.01, 5),
+    st.integers(0, 99),
+    st.sampled_from([["visual"], ["visual", "text"]]),
+)
+def test_lambda_1_is_the_prompts_share(weight, seed, modalities):
+    """‖λ₁ p^m‖ = λ₁ ‖x^m‖ for any prompt and any number of modalities; share is printed."""
+    torch.manual_seed(seed)
+    chosen = {m: TINY_DATA.features[m] for m in modalities}
+    teacher = Teacher(
+        replaced(TINY_DATA, features=chosen), Config(dim=8, lambda_prompt=weight)
+    ).eval()
+    with torch.no_grad():
+        teacher.prompt.bias.normal_()
+        p, layers = teacher.prompt(teacher.tokens), teacher.fixed()
+    for m, x in teacher.features.items():  # W^m is a rotation still: norms are x's
+        added = teacher.shift(m, layers[m], p).norm()
+        assert added.item() == pytest.approx(weight * x.norm().item(), rel=1e-3)
+    assert teacher.prompt_share() == pytest.approx(weight, rel=1e-3)
+
+
+def test_a_row_without_content_stays_zero(tiny, config):
+    """Not the bias, nor the prompt: such rows would be propagated as one vector."""
+    x = tiny.features["visual"].copy()
+    x[3:6] = 0
+    teacher = Teacher(replaced(tiny, features={"visual": x}), config)
+    with torch.no_grad():
+        teacher.reduction[0].bias += 1.0
+        teacher.prompt.bias += 1.0
+    f = teacher.eval().reduced()["visual"]
+    assert (f[3:6] == 0).all()
+    assert (f[6:] != 0).any(1).all()
 
 
 @given(st.integers(0, 10**6), st.floats(0, 50))
 def test_with_one_modality_the_prompt_is_a_change_of_w(seed, weight):
     """(x + λ₁ p^m) W + b = x W' + b' for any Θ and any λ₁, so it adds nothing that W lacks.
 
-    Tokens are T = X B of centred X, so with Θ = [Θ_W; b_P] and C = XᵀX / |I|
-    W' = W + λ₁ B Θ_W Θ_Wᵀ Bᵀ C W and b' = b + λ₁ b_Pᵀ Θ_Wᵀ Bᵀ C W.
+    Tokens are T = X B, so with Θ = [Θ_W; b_P], p = X B Θ_W + 1 b_Pᵀ, s the scale of p^m:
+    W' = W + λ₁ s B Θ_W (pᵀX) W and b' = b + λ₁ s b_Pᵀ (pᵀX) W.
     """
     dataset = replaced(TINY_DATA, features={"visual": TINY_DATA.features["visual"]})
     torch.manual_seed(seed)
@@ -228,10 +292,12 @@ def test_with_one_modality_the_prompt_is_a_change_of_w(seed, weight):
     basis = torch.linalg.lstsq(x, teacher.tokens.double()).solution  # B [d_m, d]
     theta, shift = (part.detach().double() for part in teacher.prompt.parameters())
     w, b = (part.detach().double() for part in teacher.reduction[0].parameters())
-    content = theta @ basis.T @ (x.T @ x / len(x)) @ w.T  # Θ_Wᵀ Bᵀ C W  [d, d]
-    w_new = w.T + weight * basis @ theta.T @ content
-    b_new = b + weight * shift @ content
-    prompted = teacher().reduced["visual"].double()
+    p = teacher.prompt(teacher.tokens).detach().double()  # [I, d]
+    scale = weight * x.norm() / (p @ (p.T @ x)).norm()
+    content = scale * p.T @ x @ w.T  # λ₁ s pᵀX W  [d, d_T]
+    w_new = w.T + basis @ theta.T @ content
+    b_new = b + shift @ content
+    prompted = teacher.reduced()["visual"].double()
     assert (prompted - (x @ w_new + b_new)).norm() <= 1e-4 * prompted.norm()
 
 
@@ -251,27 +317,71 @@ def test_prompt_module_is_one_linear_layer():
 # ------------------------------------------------------------ teacher and student
 
 
-@pytest.mark.parametrize("target", ["propagated", "mean", "reduced"])
-def test_teacher_matches_dense_algebra(target, tiny, config):
-    """Eq. 1, dense: F_u = Â_ui f, F_i = Â_iu F_u, E^T = LightGCN + c Σ unit rows."""
-    config = dataclasses.replace(config, modal_target=target, fusion=0.7)
-    teacher = Teacher(tiny, config).eval()
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def test_teacher_matches_dense_algebra(tiny, config):
+    """Eq. 1, dense: F_i = f + Â_iu Â_ui f, F_u = Â_ui F_i; weighted sum of z-scores."""
+    ids = torch.randn(60, 8), torch.randn(40, 8)
+    teacher = Teacher(tiny, config, "cpu", ids).eval()
+    teacher.weights.copy_(torch.tensor([0.7, 0.2]))
     with torch.no_grad():
         found = teacher()
-    whole = torch.from_numpy(dense_adjacency(tiny.train.toarray())).float()
-    x = torch.cat([teacher.user, teacher.item]).detach()
-    expected = (x + whole @ x + whole @ whole @ x) / 3
-    idle = torch.from_numpy(np.asarray(tiny.train.sum(0)).ravel() == 0)
-    assert idle.any()
-    for m, f in found.reduced.items():
-        user = whole[:60, 60:] @ f
-        item = torch.where(idle[:, None], f, whole[60:, :60] @ user)
-        item = {"propagated": item, "mean": (item + f) / 2, "reduced": f}[target]
+        reduced = teacher.reduced()
+    block = torch.from_numpy(dense_adjacency(tiny.train.toarray())).float()[:60, 60:]
+    total = 0
+    rankings = [(1.0, ids[0] @ ids[1].T)]
+    for (m, f), weight in zip(reduced.items(), (0.7, 0.2), strict=True):
+        item = unit(f) + unit(block.T @ (block @ f))
+        user = unit(block @ item)
         assert torch.allclose(found.user_modal[m], user, atol=1e-5)
         assert torch.allclose(found.item_modal[m], item, atol=1e-5)
-        modal = torch.cat([user, item])
-        expected = expected + 0.7 * modal / modal.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    assert torch.allclose(torch.cat(found[:2]), expected, atol=1e-5)
+        rankings.append((weight, user @ item.T))
+    for weight, ranking in rankings:
+        total = total + weight * ranking / ranking.std(1, keepdim=True, correction=0)
+    assert torch.allclose(found.teacher_user @ found.teacher_item.T, total, atol=1e-3)
+
+
+def test_a_modality_of_weight_zero_takes_no_part(tiny, config):
+    teacher = Teacher(tiny, config).eval()
+    teacher.weights.copy_(torch.tensor([0.0, 0.5]))
+    encoded = teacher()
+    assert list(encoded.item_modal) == list(tiny.features)[1:]
+    assert not teacher.knows_no_more()
+    teacher.weights.zero_()
+    assert teacher.knows_no_more()
+    user, item = teacher()[:2]
+    assert user.shape[1] == item.shape[1] == 8
+
+
+def test_an_item_that_was_never_trained_is_reached_by_its_content(tiny, config):
+    """Its ids say nothing; its content lets it into a list, high up where it fits."""
+    never = np.flatnonzero(np.asarray(tiny.train.sum(0)).ravel() == 0)
+    assert len(never)
+    teacher = Teacher(tiny, config).eval()
+    _, item = teacher.propagate(teacher.reduced()["visual"])
+    assert (item[never].norm(dim=1) > 0.9).all()
+
+
+def test_the_edge_itself_is_left_out_of_stage_1(tiny, config):
+    """y of (u, i+) equals that of a graph without the edge, its other weights kept."""
+    teacher = Teacher(tiny, config).eval()
+    users, lists = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0))
+    users, lists = users[:5], lists[:5]
+    found = teacher_terms(teacher, users, lists)
+    block = torch.from_numpy(dense_adjacency(tiny.train.toarray())).float()[:60, 60:]
+    for m, f in teacher.reduced().items():
+        losses = []
+        for u, (i, j) in zip(users.tolist(), lists.tolist(), strict=True):
+            without = block.clone()
+            without[u, i] = 0
+            taken = without[u] @ f @ (f[i] + without[:, i] @ (without @ f))
+            other = block[u] @ f @ (f[j] + block[:, j] @ (block @ f))
+            margin_ = (taken - other) / teacher.size[m]
+            losses.append(-torch.nn.functional.logsigmoid(margin_))
+        expected = torch.stack(losses).mean().item()
+        assert found[f"bpr_{m}"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_is_computed_once_changes_nothing(tiny, config):
@@ -282,20 +392,20 @@ def test_what_is_computed_once_changes_nothing(tiny, config):
 
 def test_any_modalities(tiny, config):
     x = tiny.features["visual"]
-    names = {"smell": x, "taste.v2": x[:, :3], "touch": x + 1}
+    names = {"smell": x, "taste.v2": x[:, :3], "touch": x + np.eye(40, 24)}
     teacher = Teacher(replaced(tiny, features=names), config)
     assert list(teacher().item_modal) == list(names)
 
 
 def test_dropout_only_in_training(tiny, config):
     teacher = Teacher(tiny, config)
-    first, second = teacher().reduced["text"], teacher().reduced["text"]
+    first, second = teacher.reduced()["text"], teacher.reduced()["text"]
     assert not torch.equal(first, second)
     share = (first == 0).float().mean().item()
     assert 0.2 < share < 0.4
     teacher.eval()
-    whole = teacher().reduced["text"]
-    assert torch.equal(whole, teacher().reduced["text"])
+    whole = teacher.reduced()["text"]
+    assert torch.equal(whole, teacher.reduced()["text"])
     kept = first != 0
     assert torch.allclose(first[kept], whole[kept] / (1 - config.dropout), rtol=1e-4)
 
@@ -325,11 +435,12 @@ def test_student_parameter_counts_of_tables_8_and_9(users, items, dim, printed):
 
 
 def test_teacher_parameter_count(tiny, config):
-    """Tables, a d_m x d reduction a modality, the prompt; features are no parameters."""
+    """A d_m x d_T reduction a modality, the prompt; ids and features are no parameters."""
     teacher = Teacher(tiny, config)
-    expected = (60 + 40) * 8 + (24 * 8 + 8) + (12 * 8 + 8) + (8 * 8 + 8)
+    expected = (24 * 24 + 24) + (12 * 12 + 12) + (8 * 8 + 8)
     assert sum(p.numel() for p in teacher.parameters()) == expected
-    assert set(teacher.state_dict()) == {name for name, _ in teacher.named_parameters()}
+    names = {name for name, _ in teacher.named_parameters()}
+    assert set(teacher.state_dict()) == names | {"user", "item", "weights"}
 
 
 # ------------------------------------------------------------ objectives
@@ -342,16 +453,25 @@ TERMS = {"pair_kd": "lambda_pair", "list_kd": "lambda_list", "embed_kd": "lambda
 def frozen(tiny, config):
     """A teacher as stage 2 sees it, its prompt trainable."""
     torch.manual_seed(1)
-    teacher = Teacher(tiny, config).eval().requires_grad_(False)
+    ids = torch.randn(60, 8), torch.randn(40, 8)
+    teacher = Teacher(tiny, config, "cpu", ids).eval().requires_grad_(False)
     teacher.prompt.requires_grad_(True)
     return teacher
 
 
+@pytest.fixture
+def project():
+    """Maps from d = 8 to the width of each modality's F_i."""
+    return torch.nn.ModuleList(torch.nn.Linear(8, d_t) for d_t in (24, 12))
+
+
 @pytest.mark.parametrize("name", TERMS)
-def test_each_distillation_reaches_student_and_prompt(name, frozen, tiny, config, batch):
+def test_each_distillation_reaches_student_and_prompt(
+    name, frozen, tiny, config, batch, project
+):
     """Through the frozen teacher to θ_P, never to θ_T (errata C4, P11)."""
     student = Student(tiny.train, config)
-    terms = student_terms(student, config, frozen(frozen.fixed()), *batch)
+    terms = student_terms(student, config, frozen(frozen.fixed()), *batch, project)
     assert set(terms) == {"bpr", "l2", *TERMS, "prompt_anchor"}
     terms[name].backward()
     assert student.item.grad.abs().max() > 0
@@ -362,8 +482,8 @@ def test_each_distillation_reaches_student_and_prompt(name, frozen, tiny, config
     )
 
 
-def test_only_distillation_and_anchor_move_the_prompt(frozen, tiny, config, batch):
-    terms = student_terms(Student(tiny.train, config), config, frozen(), *batch)
+def test_only_distillation_and_anchor_move_the_prompt(frozen, tiny, config, batch, project):
+    terms = student_terms(Student(tiny.train, config), config, frozen(), *batch, project)
     for name, term in terms.items():
         reaches = any(
             g is not None
@@ -374,25 +494,30 @@ def test_only_distillation_and_anchor_move_the_prompt(frozen, tiny, config, batc
         assert reaches == (name in {*TERMS, "prompt_anchor"}), name
 
 
-def test_weights_scale_their_terms_and_zero_removes_them(frozen, tiny, config, batch):
+def test_weights_scale_their_terms_and_zero_removes_them(
+    frozen, tiny, config, batch, project
+):
     student, encoded = Student(tiny.train, config), frozen()
-    once = student_terms(student, config, encoded, *batch)
+    once = student_terms(student, config, encoded, *batch, project)
     for name, weight in {**TERMS, "prompt_anchor": "weight_anchor", "l2": "l2"}.items():
         double = dataclasses.replace(config, **{weight: 2 * getattr(config, weight)})
-        twice = student_terms(student, double, encoded, *batch)
+        twice = student_terms(student, double, encoded, *batch, project)
         assert twice[name].item() == pytest.approx(2 * once[name].item(), rel=1e-5)
         without = student_terms(
-            student, dataclasses.replace(config, **{weight: 0.0}), encoded, *batch
+            student, dataclasses.replace(config, **{weight: 0.0}), encoded, *batch, project
         )
         assert set(once) - set(without) == {name}
     assert set(student_terms(student, config, None, *batch)) == {"bpr", "l2"}
 
 
-def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
+@pytest.mark.parametrize("source", ["joint", "modal", "both"])
+def test_terms_are_the_losses_of_the_paper(source, frozen, tiny, config, batch, project):
     """Eq. 12 once more, from embeddings and the loss functions, modality by modality."""
     from losses import bpr_loss, embed_kd, list_kd, pair_kd
 
-    config = dataclasses.replace(config, temperature=2.0, alpha=0.5, beta=3.0, gamma=1.5)
+    config = dataclasses.replace(
+        config, temperature=2.0, alpha=0.5, beta=3.0, gamma=1.5, list_from=source
+    )
     student, encoded, (users, lists) = Student(tiny.train, config), frozen(), batch
     with torch.no_grad():  # as after some training: logits near 1, not near 0
         student.user *= 10
@@ -406,6 +531,8 @@ def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
     user, item = student()
     y, y_t = logits(user, item), logits(encoded.teacher_user, encoded.teacher_item)
     modal = [logits(encoded.user_modal[m], encoded.item_modal[m]) for m in tiny.features]
+    told = {"joint": [y_t], "modal": modal, "both": [y_t, *modal]}[source]
+    drawn = lists[:, 1]  # uniform items
     expected = {
         "bpr": bpr_loss(y[:, 0], y[:, 1]),
         "l2": config.l2
@@ -414,12 +541,15 @@ def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
         ),
         "pair_kd": config.lambda_pair
         * pair_kd(y[:, 0] - y[:, 1], y_t[:, 0] - y_t[:, 1], 2.0),
-        "list_kd": config.lambda_list * sum(list_kd(y, t, 0.5, 3.0, 2.0) for t in modal),
+        "list_kd": config.lambda_list * sum(list_kd(y, t, 0.5, 3.0, 2.0) for t in told),
         "embed_kd": config.lambda_embed
-        * sum(embed_kd(item, f, 1.5) for f in encoded.item_modal.values()),
+        * sum(
+            embed_kd(linear(item)[drawn], f[drawn], 1.5)
+            for linear, f in zip(project, encoded.item_modal.values(), strict=True)
+        ),
         "prompt_anchor": config.weight_anchor * bpr_loss(y_t[:, 0], y_t[:, 1]),
     }
-    found = student_terms(student, config, encoded, users, lists)
+    found = student_terms(student, config, encoded, users, lists, project)
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), name
@@ -427,8 +557,9 @@ def test_terms_are_the_losses_of_the_paper(frozen, tiny, config, batch):
 
 def test_stage_1_trains_everything(tiny, config, batch):
     teacher = Teacher(tiny, config)
-    terms = teacher_terms(teacher, *batch)
-    assert set(terms) == {"bpr", "modal_bpr", "l2"}
+    users, lists = batch
+    terms = teacher_terms(teacher, users, lists[:, :2])
+    assert set(terms) == {"bpr_visual", "bpr_text"}
     sum(terms.values()).backward()
     for name, parameter in teacher.named_parameters():
         assert parameter.grad.abs().max() > 0, name
@@ -438,13 +569,63 @@ def test_without_prompt_it_is_left_out(tiny, config):
     """λ₁ = 0: f^m = x^m W^m + b^m."""
     teacher = Teacher(tiny, dataclasses.replace(config, lambda_prompt=0.0)).eval()
     for (m, x), layer in zip(teacher.features.items(), teacher.reduction, strict=True):
-        assert torch.allclose(teacher().reduced[m], layer(x), atol=1e-6)
+        assert torch.allclose(teacher.reduced()[m], layer(x), atol=1e-6)
 
 
-def test_another_width_is_mapped_on_the_students_side(frozen, tiny, config, batch):
+def test_another_width_is_mapped_on_the_students_side(frozen, tiny, config, batch, project):
     """Errata P7; the target stays as it is."""
-    narrow = dataclasses.replace(config, dim_student=5)
-    student = Student(tiny.train, narrow)
-    assert student()[0].shape == (60, 5)
-    student_terms(student, narrow, frozen(), *batch)["embed_kd"].backward()
-    assert all(p.grad.abs().max() > 0 for p in student.project.parameters())
+    student = Student(tiny.train, config)
+    terms = student_terms(student, config, frozen(), *batch, project)
+    terms["embed_kd"].backward()
+    assert all(p.grad.abs().max() > 0 for p in project.parameters())
+
+
+def test_alpha_zero_leaves_the_positive_out(frozen, tiny, config, batch, project):
+    """α = 0 is no default for 1: whatever the positive's logit, ListKD stays the same."""
+    logits = torch.randn(64, 4, requires_grad=True)
+    listed = dataclasses.replace(config, alpha=0.0)
+    told = frozen(), logits, torch.randn(40, 8), *batch, project
+    found = kd_terms(listed, *told)["list_kd"]
+    [gradient] = torch.autograd.grad(found, logits)
+    assert (gradient[:, 0] == 0).all() and gradient[:, 1:].abs().max() > 0
+    whole = kd_terms(dataclasses.replace(config, alpha=1.0), *told)["list_kd"]
+    [gradient] = torch.autograd.grad(whole, logits)
+    assert gradient[:, 0].abs().max() > 0
+
+
+def test_logits_of_stage_2_have_one_scale(tiny, config):
+    """The teacher's own deviation over users and items is 1, however loud its content."""
+    for loud in (1.0, 1000.0):
+        features = {m: loud * x for m, x in tiny.features.items()}
+        ids = torch.randn(60, 8), torch.randn(40, 8)
+        teacher = Teacher(replaced(tiny, features=features), config, "cpu", ids)
+        encoded = stage_two(teacher, config)()
+        pairs = [encoded[:2]]
+        pairs += [(user, encoded.item_modal[m]) for m, user in encoded.user_modal.items()]
+        for user, item in pairs:
+            deviation = (user @ item.T).std(1, correction=0)
+            assert deviation.square().mean().sqrt().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_lists_hold_the_teachers_best_and_no_training_positive(tiny, config, tmp_path):
+    """P14: drawn from each user's N best of E^T; column 0 and 1 stay as sampled."""
+    run = Run(tmp_path, tiny, dataclasses.replace(config, list_pool=6), "cpu", {})
+    ids = torch.randn(60, 8), torch.randn(40, 8)
+    teacher = Teacher(tiny, config, "cpu", ids)
+    taught = Distillation(run, stage_two(teacher, config))
+    taught.refresh()
+    users, pairs = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0))
+    lists = taught.extend(users, pairs)
+    assert lists.shape == (len(users), 2 + config.negatives) and taught.width == 2
+    assert torch.equal(lists[:, :2], pairs)
+    with torch.no_grad():
+        logits = (lambda e: e.teacher_user @ e.teacher_item.T)(teacher.eval()())
+    logits[torch.from_numpy(tiny.train.toarray()) > 0] = -torch.inf
+    best = logits.topk(6).indices
+    for u, row in zip(users.tolist(), lists[:, 2:].tolist(), strict=True):
+        assert set(row) <= set(best[u].tolist())
+    assert len(torch.unique(lists[:, 2:])) > 6
+    other = dataclasses.replace(config, list_items="random")
+    random = Distillation(dataclasses.replace(run, config=other), taught.encode)
+    assert random.width == 1 + config.negatives
+    assert torch.equal(random.extend(users, pairs), pairs)

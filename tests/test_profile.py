@@ -7,8 +7,9 @@ from conftest import replaced
 from hypothesis import given, strategies as st
 from scipy import sparse
 
-from baselines.profile import WEIGHTS, fuse, late_fusion, one_scale, profile, unit_rows
-from evaluate import evaluate
+from baselines.profile import late_fusion, profile
+from data import unit_rows
+from evaluate import WEIGHTS, evaluate, fuse, line_search, one_scale
 from promptmm import adjacency
 
 
@@ -27,7 +28,7 @@ def test_a_profile_is_what_the_users_items_contain(tiny):
 
 
 def test_features_that_are_all_zero_say_nothing(tiny):
-    assert (unit_rows(np.zeros((4, 3), np.float32)) == 0).all()
+    assert (unit_rows(torch.zeros(4, 3)) == 0).all()
 
 
 @given(st.integers(0, 10**6), st.floats(1e-2, 1e2), st.integers(1, 6))
@@ -85,5 +86,20 @@ def test_useless_content_costs_nothing(tiny):
         assert after["recall@20"] == pytest.approx(before["recall@20"])
 
 
-def test_the_grid_begins_at_zero():
-    assert WEIGHTS[0] == 0 and list(WEIGHTS) == sorted(WEIGHTS)
+@pytest.mark.parametrize(("lost", "weight"), [(9, 0.0), (0, 0.1)])
+def test_a_gain_within_its_standard_error_is_no_gain(lost, weight, monkeypatch):
+    """Ten users of 100 find their item; if nine others lose theirs, that is chance."""
+    before = np.r_[np.ones(9), np.zeros(91)]
+    after = np.r_[np.ones(9 - lost), np.zeros(lost), np.ones(10), np.zeros(81)]
+    pairs = [(torch.ones(2, 1), torch.ones(3, 1))] * 2
+
+    def scripted(user, item, target, exclude, per_user):
+        return {"per_user": {"recall@20": before if user.shape[1] == 1 else after}}
+
+    monkeypatch.setattr("evaluate.evaluate", scripted)
+    none = sparse.csr_matrix((2, 3))
+    assert line_search(pairs, none, none) == [weight]
+
+
+def test_the_grid_ascends():
+    assert 0 < WEIGHTS[0] and list(WEIGHTS) == sorted(WEIGHTS)

@@ -53,7 +53,7 @@ class Odd(nn.Module):
         super().__init__()
         self.config = config
         raw = [torch.from_numpy(x) for x in dataset.features.values()]
-        self.x = torch.cat([data.standardise(x) for x in raw], dim=1).to(device)
+        self.x = torch.cat([data.unit_rows(x) for x in raw], dim=1).to(device)
         n_users, n_items = dataset.train.shape
         self.user, self.item = table(n_users, config.dim), table(n_items, config.dim)
         self.reduce = nn.Linear(self.x.shape[1], 3)
@@ -107,9 +107,9 @@ def run_of(folder, dataset, settings: dict, name: str) -> Run:
 
 def teachers_for(dataset, settings: dict):
     torch.manual_seed(7)
-    teacher = Teacher(dataset, Config(**settings)).eval()
-    with torch.no_grad():
-        return distillers.common.teachers_of(teacher())
+    ids = tuple(torch.randn(n, 8) for n in dataset.train.shape)
+    teacher = Teacher(dataset, Config(**settings), "cpu", ids)
+    return distillers.common.teachers_of(promptmm.stage_two(teacher, teacher.config)())
 
 
 def train(kind: str, name: str, run: Run, teachers=None):
@@ -283,7 +283,7 @@ def test_the_frozen_method_is_the_core(tiny, settings, tmp_path):
     """PromptMM's losses through the interface: the same terms and student, bit for bit."""
     config = Config(**settings, tune_prompt=False)
     torch.manual_seed(0)
-    teacher = Teacher(tiny, config)
+    teacher = Teacher(tiny, config, "cpu", (torch.randn(60, 8), torch.randn(40, 8)))
     encoded = promptmm.stage_two(teacher, config)()
     student = promptmm.Student(tiny.train, config)
     users, lists = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0), 3)
@@ -293,7 +293,7 @@ def test_the_frozen_method_is_the_core(tiny, settings, tmp_path):
     user, item = student()
     logits = scores(user, item, users, lists)
     found = method.terms(user, item, logits, users, lists)
-    core = student_terms(student, config, encoded, users, lists)
+    core = student_terms(student, config, encoded, users, lists, method.modules["project"])
     assert set(core) - set(found) == {"bpr", "l2"}
     for name, term in found.items():
         assert torch.equal(term, core[name]), name

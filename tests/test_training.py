@@ -39,6 +39,16 @@ def log(run: Run) -> list[dict]:
     return list(csv.DictReader((run.folder / "log.csv").read_text().splitlines()))
 
 
+def taught(run: Run) -> Teacher:
+    """A trained teacher with something to tell, whatever its line search found."""
+    train = run.dataset.train
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.randn(n, run.config.dim, generator=generator) for n in train.shape)
+    teacher = train_teacher(run, tuple(ids))
+    teacher.weights.fill_(0.5)
+    return teacher
+
+
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -47,45 +57,42 @@ def prompt_moved(before: dict, after: dict) -> bool:
     return not torch.equal(before["prompt.weight"], after["prompt.weight"])
 
 
-def test_the_student_may_take_its_own_l2(run):
-    """l2_student: weighs the student's penalty; the teacher's stays."""
-    own, plain = (
-        another(run, name, l2_student=weight, l2=1e-3)
-        for name, weight in (("own", 1e-2), ("plain", 0.0))
-    )
-    for one in (own, plain):
-        pipeline(one)
-    first = {
-        one.folder.name: {row["stage"]: float(row["l2"]) for row in log(one)[::-1]}
-        for one in (own, plain)
-    }
-    assert first["own"]["teacher"] == first["plain"]["teacher"]
-    assert first["own"]["student"] > 5 * first["plain"]["student"]
-    assert first["own"]["alone"] > 5 * first["plain"]["alone"]
-
-
-def test_the_student_may_take_other_batches(run, monkeypatch):
-    """batch_student: of the student, distilled or alone; the teacher keeps its own."""
+def watched_batches(monkeypatch) -> dict[str, list[int]]:
+    """How many edges each step of a stage takes."""
     sizes = {"teacher_terms": [], "student_terms": []}
     for name, found in sizes.items():
 
-        def watched(true, found, *arguments):
-            found.append(len(arguments[-1]))
+        def counted(true, found, *arguments):
+            found.append(len(arguments[-2 if true.__name__ == "teacher_terms" else 3]))
             return true(*arguments)
 
-        monkeypatch.setattr(
-            promptmm, name, partial(watched, getattr(promptmm, name), found)
-        )
-    pipeline(another(run, "other", batch_student=50))
-    assert max(sizes["teacher_terms"]) == 128
+        true = getattr(promptmm, name)
+        monkeypatch.setattr(promptmm, name, partial(counted, true, found))
+    return sizes
+
+
+def test_the_stages_may_take_other_batches(run, monkeypatch):
+    sizes = watched_batches(monkeypatch)
+    pipeline(another(run, "other", batch=50, batch_teacher=70))
+    assert max(sizes["teacher_terms"]) == 70
     assert max(sizes["student_terms"]) == 50
+
+
+def test_a_batch_is_a_share_of_the_edges():
+    """40 steps an epoch, ten of the teacher, whatever the data's size; not below 256."""
+    given = Config(batch=7, batch_teacher=8)
+    for edges, student, teacher in ((100, 256, 256), (40_000, 1000, 4000)):
+        assert promptmm._pace(Config(), "student", edges)[0] == student
+        assert promptmm._pace(Config(), "teacher", edges)[0] == teacher
+        assert promptmm._pace(given, "student", edges)[0] == 7
+        assert promptmm._pace(given, "teacher", edges)[0] == 8
 
 
 @pytest.mark.parametrize("tune", [True, False])
 def test_stage_2_freezes_the_teacher_and_its_dropout(tune, run, monkeypatch):
     """θ_T bit for bit; θ_P moves if and only if it is tuned; eval mode at every step."""
     run = another(run, "other", tune_prompt=tune)
-    teacher = train_teacher(run)
+    teacher = taught(run)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     before, modes, true_terms = weights(teacher), [], promptmm.student_terms
@@ -106,11 +113,11 @@ def test_stage_2_freezes_the_teacher_and_its_dropout(tune, run, monkeypatch):
 
 def test_a_frozen_prompt_computes_the_teacher_once(run, monkeypatch):
     run = another(run, "other", tune_prompt=False)
-    teacher, calls = train_teacher(run), []
+    teacher, calls = taught(run), []
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda *a: calls.append(1) or forward(*a))
     train_student(run, "student", teacher)
-    assert len(calls) == 1
+    assert len(calls) == 2  # once for the scale of its logits
 
 
 def test_unanchored_untaught_prompt_stays(run):
@@ -118,7 +125,8 @@ def test_unanchored_untaught_prompt_stays(run):
     run = another(
         run, "other", lambda_pair=0.0, lambda_list=0.0, lambda_embed=0.0, weight_anchor=0.0
     )
-    teacher = train_teacher(run)
+    run = another(run, "tuned", tune_prompt=True)
+    teacher = taught(run)
     before = weights(teacher)
     train_student(run, "student", teacher)
     assert not prompt_moved(before, weights(teacher))
@@ -208,7 +216,7 @@ def another_seed(run: Run, seed: int, epoch: int) -> Run:
 )
 def test_the_time_left(epoch, stale, least, most):
     """2 s an epoch, 20 at most, every second one judged, patience 3."""
-    config = Config(epochs=20, eval_every=2, patience=3)
+    config = Config(epochs=20, eval_every=2, patience=3, patience_teacher=9)
     row = {
         "stage": "student",
         "epoch": epoch,
@@ -305,8 +313,10 @@ def test_what_is_unranked_at_test(mask, run, tiny):
     assert metrics["validation"]["student"] == evaluate(user, item, tiny.val, tiny.train)
 
 
-def test_run_folder(run, tiny):
+def test_run_folder(run, tiny, monkeypatch):
     """What a finished run leaves, and what its files say."""
+    monkeypatch.setattr(promptmm, "line_search", lambda pairs, *_: [0.5] * (len(pairs) - 1))
+    run = another(run, "whole", tune_prompt=True)
     metrics = pipeline(run)
     assert sorted(f.name for f in run.folder.iterdir()) == [
         "log.csv",
@@ -324,14 +334,15 @@ def test_run_folder(run, tiny):
             "student",
             "teacher_tuned",
         }
-    d_m = sum(x.shape[1] for x in tiny.features.values())
+    d_m = [x.shape[1] for x in tiny.features.values()]
     assert metrics["parameters"] == {
         "student": {"trainable": 100 * 8, "buffers": 0},
         "teacher": {
-            "trainable": 100 * 8 + d_m * 8 + 2 * 8 + 8 * 8 + 8,
-            "buffers": 40 * d_m,
+            "trainable": 100 * 8 + sum(d * d + d for d in d_m) + 8 * 8 + 8,
+            "buffers": 40 * sum(d_m),
         },
     }
+    assert set(metrics["weights"]) == set(tiny.features)
     rows = log(run)
     assert (
         {row["stage"] for row in rows}
@@ -371,33 +382,60 @@ def test_student_alone_is_lightgcn_from_the_same_start(run):
     assert not (run.folder.parent / "only" / "teacher.pt").exists()
 
 
-def test_warm_start_copies_the_teacher(run, monkeypatch):
+def test_warm_start_copies_the_teachers_ids(run):
     """Its own storage (errata C7, C24); a fresh student knows nothing of the teacher."""
-    warm = another(run, "warm", warm_start=True, lr_student=0.0, tune_prompt=False)
-    teacher = train_teacher(warm)
-    with torch.no_grad():
-        encoded = teacher()
-    user, item = train_student(warm, "student", teacher)
-    expected = promptmm.lightgcn(teacher.graph, *encoded[:2], warm.config.student_layers)
+    warm = another(run, "warm", warm_start=True, lr_student=0.0)
+    teacher = taught(warm)
+    user, _ = train_student(warm, "student", teacher)
+    ids = teacher.user, teacher.item
+    expected = promptmm.lightgcn(teacher.graph, *ids, warm.config.student_layers)
     assert torch.allclose(user, expected[0], atol=1e-6)
-    told = []
-    true_terms = promptmm.student_terms
-    monkeypatch.setattr(
-        promptmm,
-        "student_terms",
-        lambda s, c, encoded, *batch: (
-            told.append(encoded.teacher_user.clone()) or true_terms(s, c, encoded, *batch)
-        ),
-    )
+    before = teacher.user.clone()
     train_student(another(warm, "learning", lr_student=0.1), "student", teacher)
-    assert torch.equal(
-        told[0], told[-1]
-    )  # what the student learns does not move its target
+    assert torch.equal(teacher.user, before)  # what the student learns moves no target
     fresh = another(warm, "fresh", warm_start=False)
     torch.manual_seed(fresh.config.seed)
     expected = promptmm.Student(fresh.dataset.train, fresh.config)()
     assert torch.equal(train_student(fresh, "student", teacher)[0], expected[0])
     assert not torch.equal(expected[0], user)
+
+
+def useless(tiny):
+    """Content of noise: no modality should weigh anything."""
+    rng = np.random.default_rng(0)
+    return replaced(tiny, features={"noise": rng.standard_normal((40, 6)).astype("f4")})
+
+
+def test_a_teacher_that_knows_no_more_leaves_the_student_lightgcn(run, monkeypatch):
+    """Weight 0 for each modality: the same student as alone, to the last bit."""
+    monkeypatch.setattr(promptmm, "line_search", lambda pairs, *_: [0.0] * (len(pairs) - 1))
+    found = pipeline(run)
+    assert found["test"]["student"] == found["test"]["alone"]
+    assert found["test"]["teacher"] == pytest.approx(found["test"]["alone"])
+    assert set(found["weights"].values()) == {0.0}
+
+
+def test_weights_come_from_validation_alone(run, tiny, monkeypatch):
+    """The line search is given the training and the validation split, and ids first."""
+    asked = []
+
+    def spy(pairs, train, val):
+        asked.append((len(pairs), train, val))
+        return [0.3] * (len(pairs) - 1)
+
+    monkeypatch.setattr(promptmm, "line_search", spy)
+    pipeline(run)
+    [(count, train, val)] = asked
+    assert count == 1 + len(tiny.features)
+    assert train is run.dataset.train and val is run.dataset.val
+
+
+def test_the_teacher_is_judged_before_it_is_trained(run):
+    """Epoch 0 is the fusion of profiles; it is kept unless training beats it."""
+    taught(run)
+    rows = log(run)
+    assert [int(row["epoch"]) for row in rows][:2] == [0, 1]
+    assert all(float(row["prompt_share"]) > 0 for row in rows)
 
 
 def test_training_beats_popularity(tmp_path):
