@@ -16,7 +16,7 @@ Prompt-Tuning", WWW 2024. This file follows Section 3, each part after what it n
     products    two products, faster: skip at first
 
 The losses (Eq. 5-11, 13-16) are in losses.py. Where the paper leaves a gap or
-errs, the comment names an entry of docs/differences.md (P1-P13 paper, C1-C28 released
+errs, the comment names an entry of docs/differences.md (P1-P16 paper, C1-C28 released
 code).
 
     paper                   code                                      shape

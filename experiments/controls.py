@@ -60,9 +60,9 @@ def controls(lab: Lab, seeds: int) -> Output:
     for name, features in useless(lab).items():
         elsewhere[name] = with_data(lab, replace(lab.dataset, features=features))
         jobs[name] = Job(FULL, full)
-    itself = replace(full, lambda_embed=0.0, list_from="joint")
-    jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
     if not lab.source:  # each row costs five trainings
+        itself = replace(full, lambda_embed=0.0, list_from="joint")
+        jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
         jobs |= {name: Job(FULL, config) for name, config in changed(full).items()}
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (

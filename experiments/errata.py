@@ -104,7 +104,10 @@ def p10() -> dict:
     x = torch.from_numpy(data.synthetic(**SMALL).features["visual"])
     mixed = x @ torch.randn(x.shape[1], 64, generator=torch.Generator().manual_seed(0))
     # The same content, twice.
-    a, b = (data.pca_tokens(data.standardise(part), 16) for part in (x, mixed))
+    a, b = (
+        data.tokens(unit, *data.principal(unit, 16), 16)
+        for unit in (data.unit_rows(part) for part in (x, mixed))
+    )
     mean, flipped = (a + b) / 2, (a - b) / 2
     change = (mean - flipped).norm() / mean.norm()
     related = F.cosine_similarity(a, b).abs().mean()
@@ -123,10 +126,13 @@ def p11() -> dict:
     config = Config(dim=16, weight_anchor=0.0)
     torch.manual_seed(0)
     teacher, student = Teacher(toy, config).eval(), Student(toy.train, config)
+    widths = [item.shape[1] for item in teacher().item_modal.values()]
+    project = nn.ModuleList(nn.Linear(16, width) for width in widths)
     generator = torch.Generator().manual_seed(0)
-    users, samples = Sampler(toy.train).epoch(generator, config.negatives)
+    batch = Sampler(toy.train).epoch(generator, config.negatives)
     reach = {}
-    for name, term in student_terms(student, config, teacher(), users, samples).items():
+    terms = student_terms(student, config, teacher(), *batch, project)
+    for name, term in terms.items():
         [gradient] = torch.autograd.grad(
             term, teacher.prompt.weight, retain_graph=True, allow_unused=True
         )
@@ -205,7 +211,7 @@ def our_objective(weight: float) -> tuple[float, float]:
     toy = data.synthetic(**SMALL, dims={"visual": 64})
     users, samples = Sampler(toy.train).epoch(torch.Generator().manual_seed(0), 10)
     torch.manual_seed(0)
-    config = Config(dim=16, lambda_list=weight)
+    config = Config(dim=16, lambda_list=weight, lambda_embed=0.0)
     encoded = Teacher(toy, config).eval()()
     student = Student(toy.train, config)
     terms = student_terms(student, config, encoded, users, samples)
@@ -239,7 +245,7 @@ def curves(dataset: data.Dataset, seed: int, epochs: int) -> tuple[np.ndarray, n
     val, test = [], []
     for epoch in range(epochs):
         samples = sampler.epoch(torch.Generator().manual_seed(seed * epochs + epoch))
-        train_epoch(student, optimiser, samples, config.batch, terms)
+        train_epoch(student, optimiser, samples, 2048, terms)
         with torch.no_grad():
             pair = student()
         val.append(evaluate(*pair, dataset.val, dataset.train)["recall@20"])

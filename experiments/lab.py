@@ -100,6 +100,7 @@ class Lab:
     out: Path
     keep: bool = False  # accept models that other code has trained
     origin: str = ""  # of data changed by `with_data`: the fingerprint of what they were
+    chosen: dict = field(default_factory=dict, compare=False)  # while a search goes on
     used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
 
     @cached_property
@@ -522,7 +523,8 @@ def settings(lab: Lab, model: str = "PromptMM") -> Config:
     """What the search chose for a model on these data; without a search the defaults."""
     model = "LightGCN" if model == FUSED else model
     kind = MODELS[model].Settings if model in MODELS else Config
-    chosen = search(lab).get("best", {}).get(model, {})
+    found = lab.chosen or search(lab).get("best", {})
+    chosen = found.get(model, {})
     return kind(**chosen | (QUICK if lab.quick else {}))
 
 
