@@ -197,23 +197,27 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, index.gather(-1, by_score)
 
 
-def best_unobserved(user: Tensor, item: Tensor, train: sparse.csr_matrix, n: int) -> Tensor:
-    """Each user's n best items among those without a training interaction: [U, n].
+def best_unobserved(
+    user: Tensor, item: Tensor, train: sparse.csr_matrix, n: int
+) -> tuple[Tensor, Tensor]:
+    """Each user's n best items without a training interaction, and their scores: [U, n].
 
     Validation and test items are among them where the teacher ranks them high: they are
     ranked, not looked up. Who has fewer than n left gets the best one again.
     """
     n = min(n, len(item))
     chunk = max(1, CHUNK_SCORES // len(item))
-    found = []
+    items, scores = [], []
     for start in range(0, len(user), chunk):
         logits = user[start : start + chunk] @ item.T  # [c, I]
         rows, columns = train[start : start + chunk].nonzero()
         seen = torch.from_numpy(rows), torch.from_numpy(columns)
         logits[tuple(ids.long().to(logits.device) for ids in seen)] = -torch.inf
         values, index = logits.topk(n)  # [c, n]
-        found.append(torch.where(values > -torch.inf, index, index[:, :1]))
-    return torch.cat(found)
+        left = values > -torch.inf
+        items.append(torch.where(left, index, index[:, :1]))
+        scores.append(torch.where(left, values, values[:, :1]))
+    return torch.cat(items), torch.cat(scores)
 
 
 def recommend(
@@ -314,4 +318,7 @@ def ladder(metrics: dict) -> str:
         recall, ndcg = test[key]["recall@20"], test[key]["ndcg@20"]
         numbers = "".join(f"{number:12,}" for number in size.values())
         lines.append(f"{name:24}{recall:10.4f}{ndcg:10.4f}{numbers}")
+    if "weights" in metrics:
+        weights = ", ".join(f"{m} {weight:g}" for m, weight in metrics["weights"].items())
+        lines.append(f"weights beside LightGCN, by validation: {weights}")
     return "\n".join(lines)

@@ -67,6 +67,7 @@ from evaluate import (
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
+EMBED_SAMPLE = 512  # items at a step that Eq. 11 is averaged over
 WHILE_TRAINING = 0.3  # each modality's weight beside LightGCN until the line search
 Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
@@ -314,7 +315,8 @@ class Teacher(nn.Module):
 
     def modality_weights(self) -> dict[str, float]:
         """w_m by modality."""
-        return dict(zip(self.features, self.weights.tolist(), strict=True))
+        weights = [round(weight, 4) for weight in self.weights.tolist()]
+        return dict(zip(self.features, weights, strict=True))
 
     def fixed(self) -> dict[str, Fixed]:
         """Everything up to the prompt, for each modality."""
@@ -488,6 +490,7 @@ def student_terms(
     users: Tensor,
     lists: Tensor,
     project=(),
+    taught: Tensor | None = None,
 ) -> Losses:
     """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ ListKD + λ₄ Σ_m EmbKD, by term.
 
@@ -497,24 +500,27 @@ def student_terms(
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
     terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded:
-        terms |= kd_terms(config, encoded, logits, student_item, users, lists, project)
+        teacher = encoded, project, taught
+        terms |= kd_terms(config, logits, student_item, users, lists, *teacher)
     return terms
 
 
 def kd_terms(
     config: Config,
-    encoded: Encoded,
     logits: Tensor,
     student_item: Tensor,
     users: Tensor,
     lists: Tensor,
+    encoded: Encoded,
     project,
+    taught: Tensor | None = None,
 ) -> Losses:
     """The three distillation losses of Eq. 12, of y^S [B, K] and E_i^S [I, d].
 
     project: for each modality a map d -> d_T on the student's side, dropped at inference
-    (errata P7). Where the prompt is tuned, `encoded` depends on θ_P and BPR(E^T) anchors
-    it: the student's own BPR has no path to θ_P (errata P11).
+    (errata P7). taught: the logits of E^T [B, K], where they are known already. Where the
+    prompt is tuned, `encoded` depends on θ_P and BPR(E^T) anchors it: the student's own BPR
+    has no path to θ_P (errata P11).
     """
     terms = {}
     tau = config.temperature
@@ -523,7 +529,7 @@ def kd_terms(
     anchored = prompt_is_tuned and config.weight_anchor > 0
     listed = config.lambda_list > 0
     by_joint = listed and config.list_from != "modal"
-    if by_joint or config.lambda_pair or anchored:
+    if taught is None:
         taught = scores(*joint, users, lists if by_joint else lists[:, :2])  # y^T [B, K]
     if config.lambda_pair:
         loss = pair_kd(margin(logits), margin(taught), tau)
@@ -536,11 +542,11 @@ def kd_terms(
         terms["list_kd"] = config.lambda_list * torch.stack(losses).sum()
     if config.lambda_embed:
         # The negatives of BPR are items drawn uniformly: Eq. 11's mean over I, sampled.
-        drawn = lists[:, 1]  # [B]
-        own = student_item.index_select(0, drawn)  # [B, d]
+        drawn = lists[:EMBED_SAMPLE, 1]
+        own = student_item.index_select(0, drawn)  # [sample, d]
         losses = []
         for linear, item in zip(project, encoded.item_modal.values(), strict=True):
-            target = item.index_select(0, drawn)  # F_i^m [B, d_T]
+            target = item.index_select(0, drawn)  # F_i^m [sample, d_T]
             losses.append(embed_kd(linear(own), target, config.gamma))
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
     if anchored:
@@ -720,7 +726,7 @@ def _progress(row: dict, state: dict, config: Config) -> str:
 class Distillation:
     """What stage 2 needs beside the student: a teacher, lists, maps to the teacher's width.
 
-    width: columns of `lists` that are sampled, the rest is `extend`'s (errata P14).
+    width: columns of a list that are sampled, the rest is `draw`'s (errata P14).
     project: for each modality a map d -> d_T, for EmbKD. Without `encode`: nothing at all.
     """
 
@@ -732,16 +738,11 @@ class Distillation:
         kind = config.list_items if encode and config.lambda_list else "none"
         self.from_top = kind == "top"
         self.width = 1 + config.negatives if kind == "random" else 2
-        self.best = torch.empty(0)  # [U, N]
+        self.best = self.told = torch.empty(0)  # items and their logits of E^T [U, N]
         targets = encode().item_modal if encode and config.lambda_embed else {}
         widths = [item.shape[1] for item in targets.values()]
         project = nn.ModuleList(Linear(config.dim, d_t) for d_t in widths)
         self.project = project.to(run.device)
-
-    def terms(self, student: Student, users: Tensor, lists: Tensor) -> Losses:
-        """Eq. 12 on a batch, by term."""
-        encoded = self.encode() if self.encode else None
-        return student_terms(student, self.config, encoded, users, lists, self.project)
 
     def refresh(self) -> None:
         """Find each user's best items: once, or at each epoch if the prompt moves."""
@@ -750,16 +751,31 @@ class Distillation:
             return
         with torch.no_grad():
             user, item, *_ = self.encode()
-        self.best = best_unobserved(user, item, self.train, self.config.list_pool)
+        pool = self.config.list_pool
+        self.best, self.told = best_unobserved(user, item, self.train, pool)
 
-    def extend(self, users: Tensor, lists: Tensor) -> Tensor:
-        """[B, 2] -> [B, 2 + K - 1]: some of the user's best, drawn with replacement."""
-        if not self.from_top:
-            return lists
+    def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """K - 1 of each user's best items, drawn anew, and their logits: [B, K - 1]."""
         best = self.best.index_select(0, users)  # [B, N]
+        told = self.told.index_select(0, users)  # [B, N]
         shape = len(users), self.config.negatives
         column = torch.randint(best.shape[1], shape, device=best.device)
-        return torch.cat([lists, best.gather(1, column)], dim=1)
+        return best.gather(1, column), told.gather(1, column)
+
+    def terms(self, student: Student, users: Tensor, pairs: Tensor) -> Losses:
+        """Eq. 12 on a batch, by term: users [B] and their lists, which begin as `pairs`."""
+        if not self.encode:
+            return student_terms(student, self.config, None, users, pairs)
+        encoded = self.encode()
+        lists, taught = pairs, None
+        if self.from_top:
+            items, told = self.draw(users)
+            lists = torch.cat([pairs, items], dim=1)  # [B, 2 + K - 1]
+            if not encoded.teacher_item.requires_grad:  # `told` are today's logits
+                joint = encoded.teacher_user, encoded.teacher_item
+                taught = torch.cat([scores(*joint, users, pairs), told], dim=1)
+        teacher = encoded, users, lists, self.project, taught
+        return student_terms(student, self.config, *teacher)
 
 
 # ------------------------------------------------------------ stages
@@ -846,8 +862,7 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
         groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
     if not load_finished(run, stage, learner):
         terms = partial(taught.terms, student)
-        hooks = taught.refresh, taught.extend
-        fit(run, stage, learner, groups, taught.width, terms, student, *hooks)
+        fit(run, stage, learner, groups, taught.width, terms, student, taught.refresh)
     with torch.no_grad():
         return student()
 

@@ -4,6 +4,7 @@ With the prompt frozen the teacher is a set of embeddings like any other, and st
 this. A test holds it equal to `promptmm.student_terms`.
 """
 
+import torch
 from torch import Tensor, nn
 
 from distillers.common import Distiller, Teachers
@@ -18,8 +19,13 @@ def promptmm(run: Run, student: Student, teachers: Teachers) -> Distiller:
     taught = Distillation(run, lambda: encoded)
 
     def terms(student_user, student_item, logits, users: Tensor, lists: Tensor) -> Losses:
-        told = logits, student_item, users, lists, taught.project
-        return kd_terms(run.config, encoded, *told)
+        told = encoded, taught.project
+        return kd_terms(run.config, logits, student_item, users, lists, *told)
+
+    def extend(users: Tensor, lists: Tensor) -> Tensor:
+        if not taught.from_top:
+            return lists
+        return torch.cat([lists, taught.draw(users)[0]], dim=1)
 
     modules: dict[str, nn.Module] = {"project": taught.project}
-    return Distiller(terms, modules, taught.width, taught.refresh, taught.extend)
+    return Distiller(terms, modules, taught.width, taught.refresh, extend)

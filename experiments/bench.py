@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import data
 from data import DataError, Dataset, Sampler
-from evaluate import evaluate
+from evaluate import CHUNK_SCORES, evaluate
 from experiments.cost import median, peak
 from experiments.lab import child, module
 from promptmm import (
@@ -54,6 +54,7 @@ WIDE = {  # where the direct form of Eq. 4 hurts
     "interactions": 200_000,
     "dims": {"visual": 4096, "text": 1024},
 }
+EMBEDDED = {"users": 1500, "items": 1000, "interactions": 24_000}  # of data.synthetic
 GROWN = {"users": 4000, "items": 4000, "interactions": 100_000, "width": 256}
 FACTORS = (1, 2, 4)
 FROZEN, TUNED = "student, prompt frozen", "student, prompt tuned"
@@ -170,9 +171,7 @@ def steps_two(on: Setting, teacher: Teacher) -> dict[str, Callable]:
         learner = nn.ModuleDict({"student": student, "project": taught.project})
         if tuned:
             learner["prompt"] = teacher.prompt
-        users, lists = batch_of(on)
-        batch = users, taught.extend(users, lists)
-        calls[name] = step(learner, partial(taught.terms, student, *batch))
+        calls[name] = step(learner, partial(taught.terms, student, *batch_of(on)))
     return calls
 
 
@@ -270,29 +269,107 @@ def bench_evaluate(on: Setting) -> None:
     show("evaluate, exact ties", ours, theirs, "a loop over users, full stable argsort")
 
 
-def bench_bandwidth(on: Setting) -> None:
-    """A student-only epoch against the time its memory traffic takes at copying speed."""
-    dataset, config, device = on
+def copy_speed(device: str) -> float:
+    """Bytes a second that a large copy reads and writes."""
     source, target = torch.empty(2, COPIED, device=device)
-    speed = 2 * source.nbytes / median(lambda: target.copy_(source), device, 5)  # bytes a s
-    bound, loose = (traffic / speed for traffic in bytes_of_epoch(dataset, config))
-    student, sampler = (
-        Student(dataset.train, config, device),
-        Sampler(dataset.train, device),
+    return 2 * source.nbytes / median(lambda: target.copy_(source), device, 5)
+
+
+def bench_bounds(on: Setting) -> None:
+    """What can hardly be faster: products alone, and memory traffic at copying speed."""
+    speed = copy_speed(on.device)
+    print(f"bounds, of traffic at {speed / 1e9:.1f} GB/s:")
+    bounds = {
+        "evaluate": evaluate_bound(on, speed),
+        "student alone, epoch": student_bound(on, speed),
+        "student distilled, prompt frozen, epoch": distilled_bound(on, speed),
+        "teacher, step of 8192 edges": teacher_bound(on, speed),
+    }
+    measured = {
+        "evaluate": evaluate_call(on),
+        "student alone, epoch": epoch_call(on, "student alone"),
+        "student distilled, prompt frozen, epoch": epoch_call(on, FROZEN),
+        "teacher, step of 8192 edges": teacher_call(on),
+    }
+    for name, bound in bounds.items():
+        ours = median(measured[name], on.device, 5)
+        print(f"  {name:44}{ours:10.4f} s  bound {bound:8.4f} s  {ours / bound:6.2f} x")
+
+
+def evaluate_call(on: Setting) -> Callable:
+    user, item = (torch.randn(n, on.config.dim, device=on.device) for n in shape_of(on))
+    exclude = on.dataset.train + on.dataset.val
+    return lambda: evaluate(user, item, on.dataset.test, exclude)
+
+
+def shape_of(on: Setting) -> tuple[int, int]:
+    return on.dataset.train.shape
+
+
+def evaluate_bound(on: Setting, speed: float) -> float:
+    """The scores' product, and each score written and read once."""
+    judged = int((np.diff(on.dataset.test.indptr) > 0).sum())
+    n_items = shape_of(on)[1]
+    user, item = (torch.randn(n, on.config.dim) for n in (judged, n_items))
+    chunk = max(1, CHUNK_SCORES // n_items)
+    product = median(lambda: [part @ item.T for part in user.split(chunk)], on.device, 5)
+    return product + 2 * 4 * judged * n_items / speed
+
+
+def student_bound(on: Setting, speed: float) -> float:
+    """Each row read once in each sparse product; and AdamW (bytes_of_epoch)."""
+    return bytes_of_epoch(on.dataset, on.config)[1] / speed
+
+
+def distilled_bound(on: Setting, speed: float) -> float:
+    """The student's, and the rows of its lists: the teacher's read, its own thrice."""
+    config = on.config
+    columns = on.dataset.train.nnz * (2 + config.negatives)
+    width = config.dim + sum(
+        min(config.dim_teacher, x.shape[1]) for x in on.dataset.features.values()
     )
-    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
+    return student_bound(on, speed) + 4 * columns * (width + 3 * config.dim) / speed
 
-    def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
-        return student_terms(student, config, None, users, lists)
 
-    def epoch():
-        samples = sampler.epoch(torch.Generator(device))
-        train_epoch(student, optimiser, samples, config.batch, terms)
+def teacher_bound(on: Setting, speed: float) -> float:
+    """XW forward and its gradient as products; six sparse products' traffic a modality."""
+    n_users, n_items = shape_of(on)
+    total = 0.0
+    for x in on.dataset.features.values():
+        d_t = min(on.config.dim_teacher, x.shape[1])
+        content = torch.randn(n_items, x.shape[1])
+        weight = torch.randn(x.shape[1], d_t)
+        out = content @ weight
+        total += median(lambda a=content, b=weight: a @ b, on.device, 3)
+        total += median(lambda a=content, b=out: a.T @ b, on.device, 3)
+        once = 8 * on.dataset.train.nnz + 4 * d_t * (n_users + n_items)
+        total += 4 * once / speed  # two products forward, two backward
+    return total
 
-    ours = median(epoch, device, 7)
-    each = f"{ours / bound:.2f} x its memory bound, {bound:.4f} s at {speed / 1e9:.0f} GB/s"
-    once = f"{ours / loose:.2f} x if each row is read once, {loose:.4f} s"
-    show("student-only epoch", ours, note=f"{each}; {once}")
+
+def teacher_call(on: Setting) -> Callable:
+    teacher = Teacher(*on)
+    sampler = Sampler(on.dataset.train, on.device)
+    users, lists = sampler.epoch(torch.Generator(on.device).manual_seed(0))
+    return step(teacher, lambda: teacher_terms(teacher, users[:8192], lists[:8192]))
+
+
+def epoch_call(on: Setting, name: str) -> Callable:
+    """One epoch of a student, alone or distilled."""
+    run = Run(Path(), on.dataset, on.config, torch.device(on.device), {})
+    encode = stage_two(Teacher(*on), on.config) if name == FROZEN else None
+    taught = Distillation(run, encode)
+    taught.refresh()
+    student = Student(on.dataset.train, on.config, on.device)
+    learner = nn.ModuleDict({"student": student, "project": taught.project})
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-3, fused=True)
+    sampler, terms = Sampler(on.dataset.train, on.device), partial(taught.terms, student)
+
+    def call():
+        samples = sampler.epoch(torch.Generator(on.device), taught.width - 1)
+        train_epoch(learner, optimiser, samples, on.config.batch, terms)
+
+    return call
 
 
 def bytes_of_epoch(dataset: Dataset, config: Config) -> tuple[float, float]:
@@ -352,6 +429,39 @@ def bench_growth(threads: int) -> None:
             print(f"{label:32}{growth_row(json.loads(child(command)))}", flush=True)
 
 
+def bench_scale(threads: int) -> None:
+    """Microseconds an edge of an epoch by default settings, as everything grows."""
+    print(f"\n{'epoch an edge, default settings':44}{'student':>12}{'teacher':>12}")
+    first = {}
+    for factor in (1, 4, 16):
+        sizes = {name: factor * size for name, size in EMBEDDED.items()}
+        command = [*module("bench"), f"--threads={threads}", f"--scale={factor}"]
+        found = json.loads(child(command))
+        first = first or found
+        label = " x ".join(f"{size:,}" for size in sizes.values())
+        numbers = "".join(f"{value:9.1f} µs" for value in found.values())
+        ratios = ", ".join(f"{found[key] / first[key]:.2f} x" for key in found)
+        print(f"{label:44}{numbers}   {ratios}", flush=True)
+
+
+def scale_point(factor: int) -> dict[str, float]:
+    """One size of bench_scale: an epoch of the student and of the teacher, an edge."""
+    dataset = data.synthetic(**{name: factor * size for name, size in EMBEDDED.items()})
+    edges = dataset.train.nnz
+    config = Config(batch=max(256, -(-edges // 40)))
+    on = Setting(dataset, config, "cpu")
+    teacher, batch = Teacher(*on), max(256, -(-edges // 10))
+    optimiser = torch.optim.AdamW(teacher.parameters(), lr=1e-3, fused=True)
+    sampler = Sampler(dataset.train)
+
+    def teach():
+        samples = sampler.epoch(torch.Generator())
+        train_epoch(teacher, optimiser, samples, batch, partial(teacher_terms, teacher))
+
+    calls = {"student": epoch_call(on, FROZEN), "teacher": teach}
+    return {name: 1e6 * median(call, repeat=3) / edges for name, call in calls.items()}
+
+
 def growth_row(found: dict[str, float]) -> str:
     times = f"{found['alone']:12.1f} ms{found['teacher']:7.1f} ms{found['tuned']:7.1f} ms"
     return f"{times}{found['peak']:10.0f} MiB"
@@ -379,7 +489,7 @@ ROWS = (
     bench_scores,
     bench_sampler,
     bench_evaluate,
-    bench_bandwidth,
+    bench_bounds,
     bench_steps,
     bench_prompt,
 )
@@ -402,6 +512,7 @@ def bench(args: argparse.Namespace) -> None:
         row(on)
     if device == "cpu":
         bench_growth(torch.get_num_threads())
+        bench_scale(torch.get_num_threads())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,13 +524,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: torch's)"
     )
+    parser.add_argument("--scale", type=int, default=0, help=argparse.SUPPRESS)
     for size in GROWN:  # of one point of bench_growth
         parser.add_argument(f"--{size}", type=int, default=0, help=argparse.SUPPRESS)
     try:
         args = parser.parse_args(argv)
         if args.threads:
             torch.set_num_threads(args.threads)
-        if args.width:
+        if args.scale:
+            print(json.dumps(scale_point(args.scale)))
+        elif args.width:
             print(json.dumps(point(args)))
         else:
             bench(args)

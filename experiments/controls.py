@@ -137,8 +137,8 @@ def faithful(lab: Lab, student: Job, teacher: Job, sample: int = 500) -> dict[st
     learn_all(lab, "fidelity", [student, teacher])
     train = lab.dataset.train
     theirs, own = embeddings(lab, *teacher), embeddings(lab, *student)
-    best = best_unobserved(*theirs, train, 100)  # [U, 100]
-    mine = best_unobserved(*own, train, 20)  # [U, 20]
+    best, _ = best_unobserved(*theirs, train, 100)  # [U, 100]
+    mine, _ = best_unobserved(*own, train, 20)  # [U, 20]
     shared = (best[:, :20, None] == mine[:, None]).any(-1).float().mean()
     users = torch.arange(0, len(best), max(1, len(best) // sample))
     logits = torch.einsum("ud,ukd->uk", own[0][users], own[1][best[users]])  # [n, 100]

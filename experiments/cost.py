@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor, nn
+from torch import nn
 
 import data
 from data import Dataset, Sampler
@@ -134,23 +134,19 @@ def epoch(
     share = 10 if kind == "teacher" else 40
     batch = given or max(256, -(-dataset.train.nnz // share))
     sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
+    learner, width = model, 2
     if kind == "teacher":
-        learner, width, extend = model, 2, None
         terms = partial(teacher_terms, model)
     else:
         taught = distillation(kind, dataset, config, device)
         learner = nn.ModuleDict({"student": model, "project": taught.project})
-        width, extend = taught.width, taught.extend
-        terms = partial(taught.terms, model)
+        width, terms = taught.width, partial(taught.terms, model)
         taught.refresh()
     optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
 
-    def extended(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
-        return terms(users, extend(users, lists) if extend else lists)
-
     def once():
         samples = sampler.epoch(generator, width - 1)
-        train_epoch(learner, optimiser, samples, batch, extended)
+        train_epoch(learner, optimiser, samples, batch, terms)
 
     return median(once, device, 3)
 

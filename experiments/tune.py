@@ -86,9 +86,8 @@ def tune(lab: Lab, tries: int) -> Output:
         "chosen": "",
     }
     note = (
-        "random search; where there are six tries or more, the mean over three seeds decides "
-        "between the best three; the test split is not read; settings not named are the "
-        "defaults"
+        "random search; of six tries or more the best three are decided by the mean over "
+        "three seeds; the test split is not read; settings not named are the defaults"
     )
     title = f"Search on {lab.dataset.name}, validation split, seed 0"
     extra = {"best": best, "tried": tries, "tries": budget, "fingerprint": lab.fingerprint}

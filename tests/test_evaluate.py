@@ -120,13 +120,14 @@ def test_best_unobserved_against_sorting(seed, n):
     taken[0] = [False] + [True] * 8
     train = sparse.csr_matrix(taken, dtype=np.float32)
     user, item = (torch.from_numpy(rng.standard_normal((k, 3))) for k in (6, 9))
-    found = best_unobserved(user, item, train, n)
+    found, values = best_unobserved(user, item, train, n)
     for u, row in enumerate(found.tolist()):
         free = np.flatnonzero(train[u].toarray().ravel() == 0)
         if not len(free):
             continue
         order = free[np.argsort(-(item @ user[u]).numpy()[free])][: min(n, 9)]
         assert row[: len(order)] == order.tolist()
+        assert torch.allclose(values[u], (item @ user[u])[found[u]])
         assert set(row[len(order) :]) <= {order[0]}
 
 
@@ -137,9 +138,9 @@ def test_chunks_change_nothing(monkeypatch):
     )
     target, exclude = (sparse.random(50, 30, 0.1, "csr", random_state=s) for s in (1, 2))
     whole = evaluate(user, item, target, exclude, per_user=True)
-    best = best_unobserved(user, item, exclude.tocsr(), 5)
+    best, _ = best_unobserved(user, item, exclude.tocsr(), 5)
     monkeypatch.setattr("evaluate.CHUNK_SCORES", 7 * 30)
-    assert torch.equal(best, best_unobserved(user, item, exclude.tocsr(), 5))
+    assert torch.equal(best, best_unobserved(user, item, exclude.tocsr(), 5)[0])
     parts = evaluate(user, item, target, exclude, per_user=True)
     assert (whole["users"] == parts["users"]).all()
     for name, values in whole["per_user"].items():

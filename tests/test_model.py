@@ -584,7 +584,7 @@ def test_alpha_zero_leaves_the_positive_out(frozen, tiny, config, batch, project
     """α = 0 is no default for 1: whatever the positive's logit, ListKD stays the same."""
     logits = torch.randn(64, 4, requires_grad=True)
     listed = dataclasses.replace(config, alpha=0.0)
-    told = frozen(), logits, torch.randn(40, 8), *batch, project
+    told = logits, torch.randn(40, 8), *batch, frozen(), project
     found = kd_terms(listed, *told)["list_kd"]
     [gradient] = torch.autograd.grad(found, logits)
     assert (gradient[:, 0] == 0).all() and gradient[:, 1:].abs().max() > 0
@@ -615,17 +615,37 @@ def test_lists_hold_the_teachers_best_and_no_training_positive(tiny, config, tmp
     taught = Distillation(run, stage_two(teacher, config))
     taught.refresh()
     users, pairs = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0))
-    lists = taught.extend(users, pairs)
-    assert lists.shape == (len(users), 2 + config.negatives) and taught.width == 2
-    assert torch.equal(lists[:, :2], pairs)
-    with torch.no_grad():
-        logits = (lambda e: e.teacher_user @ e.teacher_item.T)(teacher.eval()())
+    lists, told = taught.draw(users)
+    assert lists.shape == (len(users), config.negatives) and taught.width == 2
+    encoded = taught.encode()
+    logits = encoded.teacher_user @ encoded.teacher_item.T
+    assert torch.allclose(told, logits[users[:, None], lists], atol=1e-5)
     logits[torch.from_numpy(tiny.train.toarray()) > 0] = -torch.inf
     best = logits.topk(6).indices
-    for u, row in zip(users.tolist(), lists[:, 2:].tolist(), strict=True):
+    for u, row in zip(users.tolist(), lists.tolist(), strict=True):
         assert set(row) <= set(best[u].tolist())
-    assert len(torch.unique(lists[:, 2:])) > 6
+    assert len(torch.unique(lists)) > 6
     other = dataclasses.replace(config, list_items="random")
     random = Distillation(dataclasses.replace(run, config=other), taught.encode)
-    assert random.width == 1 + config.negatives
-    assert torch.equal(random.extend(users, pairs), pairs)
+    assert random.width == 1 + config.negatives and not random.from_top
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_known_logits_change_nothing(tune, tiny, config, tmp_path, monkeypatch):
+    """Looked up with the prompt frozen, computed with it tuned: the same terms."""
+    config = dataclasses.replace(config, tune_prompt=tune, dropout=0.0)
+    run = Run(tmp_path, tiny, config, "cpu", {})
+    teacher = Teacher(tiny, config, "cpu", (torch.randn(60, 8), torch.randn(40, 8)))
+    taught = Distillation(run, stage_two(teacher, config))
+    taught.refresh()
+    student = Student(tiny.train, config)
+    users, pairs = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    found = taught.terms(student, users, pairs)
+    torch.manual_seed(3)
+    lists = torch.cat([pairs, taught.draw(users)[0]], dim=1)
+    encoded = taught.encode()
+    expected = student_terms(student, config, encoded, users, lists, taught.project)
+    assert found.keys() == expected.keys()
+    for name, term in expected.items():
+        assert found[name].item() == pytest.approx(term.item(), rel=1e-4, abs=1e-7), name

@@ -280,7 +280,7 @@ def test_mf_bpr_reads_no_graph(tiny, settings):
 
 
 def test_the_frozen_method_is_the_core(tiny, settings, tmp_path):
-    """PromptMM's losses through the interface: the same terms and student, bit for bit."""
+    """PromptMM's losses through the interface: the same terms; the student to rounding."""
     config = Config(**settings, tune_prompt=False)
     torch.manual_seed(0)
     teacher = Teacher(tiny, config, "cpu", (torch.randn(60, 8), torch.randn(40, 8)))
@@ -300,7 +300,8 @@ def test_the_frozen_method_is_the_core(tiny, settings, tmp_path):
     ours = distillers.common.train(run, METHODS["PromptMM, prompt frozen"], teachers)
     other = run_of(tmp_path / "core", tiny, settings | {"tune_prompt": False}, "core")
     theirs = promptmm.train_student(other, "student", teacher)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
 
 
 # ------------------------------------------------------------ one registry line
