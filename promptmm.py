@@ -952,8 +952,14 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
 # What `python -m experiments tune` found on validation, by dataset, where it differs from
 # the defaults. The embedded data take theirs unasked.
 PRESETS: dict[str, dict] = {
-    "synthetic": {"dim": 32, "student_layers": 3, "l2": 0.01, "patience": 10},
-    "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003},
+    "synthetic": {
+        "dim": 32,
+        "patience": 10,
+        "student_layers": 3,
+        "l2": 0.01,
+        "lambda_list": 10.0,
+    },
+    "tiktok": {"batch": 4096, "student_layers": 4, "l2": 0.003, "temperature": 0.5},
     "citeulike": {"batch": 2048, "eval_every": 4, "patience": 10},
 }
 # The same searches' best LightGCN: what the teacher's ids are, and --student-only.

@@ -36,7 +36,7 @@ from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
-from experiments.lab import Lab, bare, digest, settings
+from experiments.lab import Lab, bare, code_digest, digest, settings, sources
 from experiments.printed import counts, figure2, table8, table9
 from experiments.publish import Output, fill_pages, publish
 from experiments.sensitivity import figure4
@@ -104,10 +104,11 @@ def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
 
 
 def state_of(lab: Lab, part: Part, more: dict) -> str:
-    """What a finished part depends on: the models by name, its own code, what was asked."""
-    models = []
-    if part is not TUNE:  # whose outcome the models' settings are
-        trained = (*MODELS, "Teacher", "PromptMM")
+    """What a finished part depends on: the models, its own code, what was asked."""
+    trained = (*MODELS, "Teacher", "PromptMM")
+    if part is TUNE:  # the models' settings are its outcome
+        models = [code_digest(sources(model)) for model in trained]
+    else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
     code = bare(Path(getsourcefile(part.function)).read_text())
     return digest([models, code, lab.seeds, lab.quick, str(lab.out), more])

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from data import need
@@ -139,8 +140,8 @@ def figure3(lab: Lab) -> Output:
     rows = [{"panel": name, "mixing": mixing(points)} for name, points in panels.items()]
     text = markdown(rows, {"panel": "", "mixing": "neighbours of another modality"})
     note = (
-        f"{len(chosen)} random items; mixing: share of the 10 nearest neighbours, in the "
-        f"{full.dim} dimensions and not in the plot, that belong to another modality, over "
+        f"{len(chosen)} random items; mixing: share of the 10 nearest neighbours, in all "
+        "dimensions and not in the plot, that belong to another modality, over "
         "what chance gives (1: one cloud; 0: apart). x is whitened to a common width by "
         "PCA, each modality by a basis of its own, so there it is that of unrelated clouds "
         "(P10)"
@@ -164,7 +165,11 @@ def reduced_points(lab: Lab, config: Config, chosen: np.ndarray) -> dict[str, np
     learn_all(lab, "Figure 3", [Job("Teacher", config)])
     with torch.no_grad():
         reduced = load_teacher(lab, config).reduced()
-    return {m: f[chosen].cpu().numpy() for m, f in reduced.items()}
+    width = max(f.shape[1] for f in reduced.values())
+    return {  # zeros beside the narrower ones move no point nearer to another
+        m: F.pad(f[chosen], (0, width - f.shape[1])).cpu().numpy()
+        for m, f in reduced.items()
+    }
 
 
 def mixing(points: dict[str, np.ndarray], neighbours: int = 10) -> float:

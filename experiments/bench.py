@@ -57,6 +57,7 @@ WIDE = {  # where the direct form of Eq. 4 hurts
 EMBEDDED = {"users": 1500, "items": 1000, "interactions": 24_000}  # of data.synthetic
 GROWN = {"users": 4000, "items": 4000, "interactions": 100_000, "width": 256}
 FACTORS = (1, 2, 4)
+BATCH = 2048  # training edges in a step, but for bench_scale's
 FROZEN, TUNED = "student, prompt frozen", "student, prompt tuned"
 COPIED = 2**27  # floats, 512 MiB: far more than any cache holds
 
@@ -471,7 +472,8 @@ def point(args: argparse.Namespace) -> dict[str, float]:
     """One size of bench_growth: milliseconds, and this process's peak memory."""
     widths = {"visual": args.width, "text": args.width}
     sizes = {"users": args.users, "items": args.items, "interactions": args.interactions}
-    calls = steps(Setting(data.synthetic(**sizes, dims=widths), Config(), "cpu"))
+    config = Config(batch=BATCH)
+    calls = steps(Setting(data.synthetic(**sizes, dims=widths), config, "cpu"))
     names = {
         "alone": "student alone",
         "teacher": "teacher, stage 1",
@@ -501,7 +503,7 @@ def bench(args: argparse.Namespace) -> None:
         dataset = data.load(args.data)
     else:
         dataset = replace(data.synthetic(**GENERATED), name="generated, CiteULike's size")
-    on = Setting(dataset, Config(batch=2048), device)
+    on = Setting(dataset, Config(batch=BATCH), device)
     users, items = dataset.train.shape
     size = (
         f"{users:,} x {items:,}, {dataset.train.nnz:,} training edges, d = {on.config.dim}"

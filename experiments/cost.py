@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from promptmm import (
     Run,
     Student,
     Teacher,
+    Terms,
     stage_two,
     teacher_terms,
     train_epoch,
@@ -108,8 +110,10 @@ def measure(model: str, source: Path, run: Path, device: str) -> dict:
 def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn.Module:
     """A trained model from its files, reading no more of the data than it needs."""
     if model == "teacher":
-        learner = Teacher(data.load(source, check=False), config, device)
-        learner.load_state_dict(data.read_torch(run / "teacher.pt", device))
+        weights = data.read_torch(run / "teacher.pt", device)
+        ids = weights["user"], weights["item"]  # as wide as the best LightGCN
+        learner = Teacher(data.load(source, check=False), config, device, ids)
+        learner.load_state_dict(weights)
         return learner
     learner = Student(sparse.load_npz(source / "train.npz"), config, device)
     learner.load_state_dict(student_weights(run, device))
@@ -126,37 +130,52 @@ def sizes(model: nn.Module) -> dict[str, int]:
     return {"trainable": trainable, "buffers": buffers, "serve": 4 * (trainable + buffers)}
 
 
+class Training(NamedTuple):
+    """One kind of training."""
+
+    learner: nn.Module
+    terms: Terms  # of users [B] and lists [B, width]
+    width: int
+    each_epoch: Callable[[], None]
+
+
 def epoch(
     kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
 ) -> float:
     """Seconds of one epoch of training."""
+    training = objective(kind, model, dataset, config, device)
+    learner, terms = training.learner, training.terms
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
+    sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
     given = config.batch_teacher if kind == "teacher" else config.batch
     share = 10 if kind == "teacher" else 40
     batch = given or max(256, -(-dataset.train.nnz // share))
-    sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
-    learner, width = model, 2
-    if kind == "teacher":
-        terms = partial(teacher_terms, model)
-    else:
-        taught = distillation(kind, dataset, config, device)
-        learner = nn.ModuleDict({"student": model, "project": taught.project})
-        width, terms = taught.width, partial(taught.terms, model)
-        taught.refresh()
-    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
 
     def once():
-        samples = sampler.epoch(generator, width - 1)
+        training.each_epoch()
+        samples = sampler.epoch(generator, training.width - 1)
         train_epoch(learner, optimiser, samples, batch, terms)
 
     return median(once, device, 3)
 
 
-def distillation(kind: str, dataset: Dataset, config: Config, device: str) -> Distillation:
-    """What a student of this kind learns from, under a teacher of untrained weights."""
-    run = Run(Path(), dataset, config, torch.device(device), {})
-    if kind == "student alone":
-        return Distillation(run, None)
-    return Distillation(run, stage_two(Teacher(dataset, config, device), config))
+def objective(
+    kind: str, model: nn.Module, dataset: Dataset, config: Config, device: str
+) -> Training:
+    """What one kind of training does, a student's under a teacher of untrained weights."""
+    if kind == "teacher":
+        return Training(model, partial(teacher_terms, model), 2, lambda: None)
+    learner = nn.ModuleDict({"student": model})
+    encode = None
+    if kind != "student alone":
+        teacher = Teacher(dataset, config, device)
+        encode = stage_two(teacher, config)
+        if teacher.prompt.weight.requires_grad:  # it is tuned
+            learner["prompt"] = teacher.prompt
+    taught = Distillation(Run(Path(), dataset, config, torch.device(device), {}), encode)
+    learner["project"] = taught.project
+    terms = partial(taught.terms, model)
+    return Training(learner, terms, taught.width, taught.refresh)
 
 
 # ------------------------------------------------------------ measuring

@@ -312,7 +312,7 @@ ERRATA = (
     Erratum(
         p9,
         "p^m = p pᵀ x^m grows with the number of items, and its order of products matters",
-        "p (pᵀ x) / |I|, never formed (Teacher.reduce)",
+        "p (pᵀ x) scaled to the size of x, never formed (Teacher.reduce)",
     ),
     Erratum(
         p10,

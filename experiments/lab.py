@@ -195,16 +195,17 @@ def trained_at(folder: Path) -> float:
 
 
 def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
-    """The files whose code decides what a trained model is: the core's, and its own."""
-    own = []
-    if model in MODELS:
-        own = [baselines.common, *ancestry(MODELS[model])]
-    elif model in METHODS:
-        own = [distillers.common, METHODS[model]]
-    elif kind is not Teacher:
-        own = ancestry(kind)
+    """The files whose code decides what a trained model is: the core's, and its own.
+
+    A teacher stands on a LightGCN, so that this one's count too.
+    """
+    own = [baselines.common, *ancestry(MODELS.get(model, MODELS["LightGCN"]))]
+    if model in METHODS:
+        own += [distillers.common, METHODS[model]]
+    if kind is not Teacher:
+        own += ancestry(kind)
     files = {Path(inspect.getsourcefile(part)) for part in own}
-    return CORE + tuple(sorted(files - set(CORE)))
+    return CORE + tuple(sorted(files - {CODE / file.name for file in CORE}))
 
 
 def ancestry(kind: type) -> list[type]:
@@ -283,7 +284,7 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
         return train_teacher(run, tuple(ids), kind)()[:2]
     teacher = load_teacher(lab, config, kind)
     if model in METHODS:
-        encode = stage_two(teacher, config)
+        encode = stage_two(teacher, replace(config, tune_prompt=False))  # it is frozen
         need(
             encode, "a teacher that knows more than LightGCN: expected a modality's weight"
         )

@@ -7,7 +7,7 @@ from experiments.lab import Job, Lab, judge, learn_all, seeded, settings, spread
 from experiments.publish import Output, markdown, protocol
 from promptmm import Config
 
-SWEEPS = {  # the paper's values; teacher and student share those of d and L
+SWEEPS = {  # the paper's values; the ids of the teacher stay the best LightGCN's
     "d": (("dim",), (16, 32, 64, 128)),
     "L": (("student_layers",), (1, 2, 3, 4)),
     "dropout": (("dropout",), (0.0, 0.2, 0.4, 0.6, 0.8)),

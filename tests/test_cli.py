@@ -20,9 +20,13 @@ ROOT = Path(promptmm.__file__).parent
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, tiny):
-    """An empty working folder, and a small embedded dataset."""
+    """An empty working folder, and a small embedded dataset whose content always teaches.
+
+    On so few users validation alone would hardly give a modality any weight.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "synthetic", lambda: tiny)
+    monkeypatch.setattr(promptmm, "line_search", lambda *_: [0.5, 0.25])
     return tmp_path
 
 
@@ -55,7 +59,8 @@ def test_main_prints_the_ladder(here, capsys):
         assert line.startswith(f"{shown}  ")
         assert f"{metrics['test'][name]['recall@20']:.4f}" in line
         assert f"{metrics['test'][name]['ndcg@20']:.4f}" in line
-    assert "no candidates: train + val" in lines[6]
+    assert lines[6] == "weights beside LightGCN, by validation: visual 0.5, text 0.25"
+    assert "no candidates: train + val" in lines[7]
     config = json.loads((here / "runs/synthetic/config.json").read_text())
     assert (config["epochs"], config["dim"], config["data"]) == (
         4,
@@ -64,6 +69,7 @@ def test_main_prints_the_ladder(here, capsys):
     )  # flags beat --quick
     assert main(["--quick", "--dim", "4", "--student-only", "--out", "quick"]) == 0
     assert json.loads((here / "quick/config.json").read_text())["epochs"] == 2
+    assert "weights beside LightGCN" not in capsys.readouterr().out  # it has no teacher
 
 
 def test_lightgcn_beside_is_the_tuned_one(here):
@@ -106,7 +112,7 @@ def test_presets_flags_and_modes_stack(here):
                 "run",
                 "--beta",
                 "identity",
-                "--no-tune-prompt",
+                "--tune-prompt",
             ]
         )
         == 0
@@ -120,7 +126,7 @@ def test_presets_flags_and_modes_stack(here):
                 "eval_every": 1,
                 "dim": 4,
                 "beta": "identity",
-                "tune_prompt": False,
+                "tune_prompt": True,
             }
         )
     )
@@ -141,7 +147,11 @@ BAD_ARGUMENTS = {
     "an unknown flag": (["--lamda-list", "1"], "unrecognized arguments: --lamda-list"),
     "an abbreviation": (["--lambda-l", "1"], "unrecognized arguments: --lambda-l"),
     "not a number": (["--dim", "many"], "argument --dim: invalid int value: 'many'"),
-    "too small": (["--dim", "0"], "dim: expected 1 <= number < 100000.0, found 0"),
+    "too small": (["--dim", "0"], "dim: expected 1 <= number < inf, found 0"),
+    "too large": (
+        ["--negatives", "100000"],
+        "negatives: expected 1 <= number < 100000.0, found 100000",
+    ),
     "a rate of one": (["--dropout", "1"], "dropout: expected 0 <= number < 1, found 1.0"),
     "negative": (
         ["--lambda-list", "-1"],
@@ -152,11 +162,16 @@ BAD_ARGUMENTS = {
     "beta": (["--beta", "identy"], "beta: expected identity, found identy"),
     "a choice": (["--tokens", "sum"], "tokens: expected mean or concat, found sum"),
     "a preset": (["--preset", "netflix"], "invalid choice: 'netflix'"),
-    "unscored lists": (["--weight-modal", "0"], "weight_modal: expected > 0 for lists"),
-    "a narrow warm start": (
-        ["--warm-start", "--dim-student", "4"],
-        "dim_student: expected d",
+    "lists of nothing": (["--list-pool", "0"], "list_pool: expected 1 <= number < inf"),
+    "lists of other items": (
+        ["--list-items", "best"],
+        "list_items: expected top or random, found best",
     ),
+    "lists from nobody": (
+        ["--list-from", "student"],
+        "list_from: expected joint or modal or both, found student",
+    ),
+    "a setting that was": (["--dim-student", "4"], "unrecognized arguments: --dim-student"),
     "a device": (["--device", "tpu"], "--device: expected auto or one of"),
     "an absent GPU": (["--device", "cuda:63"], "found cuda:63"),
     "a missing folder": (
@@ -226,13 +241,18 @@ def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
 
 
 def test_resuming_from_damaged_files(here, capsys, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
+    """Killed before the student's first step: LightGCN and the teacher are on disk."""
+    true_student = promptmm.train_student
+
+    def killed(run, stage, *teacher):
+        if stage == "student":
+            raise KeyboardInterrupt
+        return true_student(run, stage, *teacher)
 
     with monkeypatch.context() as patch:
         patch.setattr(promptmm, "train_student", killed)
         assert main([*SHORT, "--out", "run"]) == 130
-    for name in ("teacher.pt", "state.pt"):
+    for name in ("alone.pt", "teacher.pt", "state.pt"):
         whole = (here / "run" / name).read_bytes()
         (here / "run" / name).write_bytes(whole[:300])
         assert f"run/{name}: cannot be read" in error_of(
@@ -242,25 +262,33 @@ def test_resuming_from_damaged_files(here, capsys, monkeypatch):
     assert main(["--out", "run", "--resume"]) == 0
 
 
-def test_interrupted_and_resumed_by_hand(here, capsys, monkeypatch):
-    """Ctrl-C: one line, status 130, and --resume alone finishes the job."""
+@pytest.mark.parametrize("stage", ["alone", "teacher", "student"])
+def test_interrupted_and_resumed_by_hand(stage, here, capsys, monkeypatch):
+    """Ctrl-C in any stage: one line, status 130, and --resume alone finishes the job."""
     assert main([*SHORT, "--out", "whole"]) == 0
-    calls, epoch = [], promptmm.train_epoch
+    epoch = promptmm.train_epoch
+    calls, fit = [], promptmm.fit
 
-    def stop_at_the_sixth(*arguments):
+    def stop_at_the_second(*arguments):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return epoch(*arguments)
 
+    def stopping(run, name, *rest, **named):
+        if name == stage:
+            patch.setattr(promptmm, "train_epoch", stop_at_the_second)
+        return fit(run, name, *rest, **named)
+
     with monkeypatch.context() as patch:
-        patch.setattr(promptmm, "train_epoch", stop_at_the_sixth)
+        patch.setattr(promptmm, "fit", stopping)
         assert "--resume goes on" in error_of([*SHORT, "--out", "part"], capsys, status=130)
     assert main(["--out", "part", "--resume"]) == 0
     one, two = (
         json.loads((here / name / "metrics.json").read_text()) for name in ("whole", "part")
     )
     assert one["test"] == two["test"]
+    assert one["weights"] == two["weights"]
 
 
 def test_a_loss_that_explodes_is_named(here, capsys, monkeypatch):

@@ -1,12 +1,13 @@
 """The paper's own numbers and the errata: what is printed, what is right."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 
 import promptmm
-from experiments import printed
+from experiments import cost, printed
 from experiments.errata import ERRATA
 from experiments.lab import CODE
 
@@ -75,15 +76,26 @@ def test_the_shares_of_tables_8_and_9():
 
 
 def test_our_own_counts_follow_the_same_formula(tiny, config):
-    """Learnt (U+I)d + Σ(d_m d + d) + d² + d, frozen I Σ d_m; the student (U+I)d."""
+    """Learnt (U+I)d + Σ(d_m d_T + d_T) + d² + d, frozen I Σ d_m; the student (U+I)d.
+
+    d_T is at most d_m. The teacher's (U+I)d are LightGCN's, learnt before.
+    """
     n_users, n_items = tiny.train.shape
     d, widths = config.dim, [x.shape[1] for x in tiny.features.values()]
-    teacher = promptmm.Teacher(tiny, config)
-    learnt = (n_users + n_items) * d + sum(width * d + d for width in widths) + d * d + d
-    assert sum(weight.numel() for weight in teacher.parameters()) == learnt
-    assert sum(x.numel() for x in teacher.features.values()) == n_items * sum(widths)
-    student = promptmm.Student(tiny.train, config)
-    assert sum(weight.numel() for weight in student.parameters()) == (n_users + n_items) * d
+    config = dataclasses.replace(config, dim_teacher=16)
+    assert min(widths) < config.dim_teacher < max(widths)
+    teacher, student = promptmm.Teacher(tiny, config), promptmm.Student(tiny.train, config)
+    tables = (n_users + n_items) * d
+    reductions = sum((width + 1) * min(config.dim_teacher, width) for width in widths)
+    learnt, frozen = tables + reductions + d * d + d, n_items * sum(widths)
+    assert promptmm._sizes(student(), teacher) == {
+        "student": {"trainable": tables, "buffers": 0},
+        "teacher": {"trainable": learnt, "buffers": frozen},
+    }
+    for model, expected in ((teacher, (learnt, frozen)), (student, (tables, 0))):
+        found = cost.sizes(model)
+        assert (found["trainable"], found["buffers"]) == expected
+    assert sum(weight.numel() for weight in student.parameters()) == tables
 
 
 def test_figure_2s_example():
