@@ -700,7 +700,7 @@ def _validate(run: Run, learner: nn.Module, means: dict, rank: Callable[[], Pair
         state |= {"recall": found["recall@20"], "stale": 0, "best": best}
     row = {name: state[name] for name in ("stage", "epoch", "seconds")}
     row |= {metric: found[metric] for metric in ("recall@20", "ndcg@20")}
-    row |= {"loss": sum(means.values()), **means}
+    row |= {"loss": sum(means.values()) if means else np.nan, **means}
     if isinstance(learner, Teacher):
         row["prompt_share"] = learner.prompt_share()
     state["rows"] = [*state.get("rows", []), row]

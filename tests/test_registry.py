@@ -334,6 +334,7 @@ def test_a_new_method_needs_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(laboratory, "ROOT", tmp_path)
     place = Lab(replaced(tiny, name="shop"), "shop", torch.device("cpu"), 1, True, tmp_path)
     monkeypatch.setitem(METHODS, "odd method", odd_method)
+    monkeypatch.setattr(promptmm, "line_search", lambda *_: [0.5, 0.25])
     config = Config(dim=8, epochs=1, negatives=3)
     laboratory.learn_all(place, "test", [Job("odd method", config)])
     values = laboratory.judge(place, "odd method", config)
