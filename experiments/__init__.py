@@ -5,6 +5,7 @@
     comparison.py    Tables 3 and 4 (data, models), recall by popularity, the main job
     ablation.py      Table 5, Figure 3, and what the paper leaves open, a change at a time
     controls.py      is it content that the student learns, or would any teacher do
+    prompt.py        does the prompt pay, and where
     cost.py          Table 6: time, memory, size
     sensitivity.py   Figure 4: one setting at a time
     convergence.py   Figure 5: epoch by epoch

@@ -38,6 +38,7 @@ from experiments.errata import errata
 from experiments.incremental import table7
 from experiments.lab import Lab, bare, code_digest, digest, settings, sources
 from experiments.printed import counts, figure2, table8, table9
+from experiments.prompt import prompt
 from experiments.publish import Output, fill_pages, publish
 from experiments.sensitivity import figure4
 from experiments.tune import tune
@@ -59,6 +60,7 @@ EVERY = (
     Part("table5", table5, 3, "any"),
     Part("options", options, 3, "embedded"),
     Part("controls", controls, 5, "named"),
+    Part("prompt", prompt, 3, "named"),
     Part("popularity", popularity, 3, "any"),
     Part("table6", table6, 0, "any"),
     Part("table7", table7, 3, "any"),

@@ -1,0 +1,254 @@
+"""Does the prompt pay? Four questions, each answered from the numbers (Section 3.1).
+
+    stage 1      W^m, the prompt, or both: what does the teacher gain?
+    stage 2      Table 5 has the student under a tuned and under a frozen prompt
+    later data   a frozen teacher meets new interactions: which numbers to tune?
+    planted      modalities that carry each other's information
+
+With one modality p^m is a change of W^m and b^m, so nothing is to be expected there (a
+property test holds the identity); with several, tokens averaged over modalities add a term
+that is linear in the other modalities.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import Dataset
+from evaluate import evaluate, paired_test
+from experiments.incremental import split
+from experiments.lab import (
+    Job,
+    Lab,
+    Values,
+    judge,
+    learn_all,
+    load_teacher,
+    log_of,
+    seeded,
+    settings,
+    spread,
+    with_data,
+)
+from experiments.publish import Output, markdown, protocol
+from promptmm import Config, Run, Teacher, fit, teacher_terms
+
+SHARES = (0.05, 0.2, 1.0)  # λ₁
+COLUMNS = {
+    "model": "",
+    "validation": "validation Recall@20",
+    "test": "test Recall@20",
+    "p": "p (test)",
+    "share": "prompt's share of f^m",
+}
+LATER = {
+    "model": "on the whole graph",
+    "numbers": "numbers tuned",
+    "test": "test Recall@20",
+    "p": "p",
+    "seconds": "s of training",
+}
+
+
+class PromptOnly(Teacher):
+    """W^m and b^m stay at the principal directions: θ_P alone learns."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.reduction.requires_grad_(False)
+
+
+def prompt(lab: Lab, seeds: int) -> Output:
+    """The questions, their tables, and their answers."""
+    parts = [
+        asked("Stage 1: is the prompt worth more than W^m alone?", *stage_1(lab, seeds)),
+        asked("Does a frozen teacher adapt to later data?", *later(lab, seeds), LATER),
+    ]
+    if not lab.source:
+        question = "Where modalities carry each other's information, does it pay?"
+        parts.append(asked(question, *planted(lab, seeds)))
+    text = "\n\n".join(part[0] for part in parts)
+    rows = [row for part in parts for row in part[1]]
+    title = f"The prompt under a microscope on {lab.dataset.name}"
+    note = (
+        f"{protocol(settings(lab), seeds)}; λ₁ is the prompt's share of x^m; p: users and "
+        "seeds drawn, against the first row of each table, not adjusted"
+    )
+    return Output(title, rows, text, note)
+
+
+def asked(
+    question: str, rows: list[dict], answer: str, columns: dict | None = None
+) -> tuple[str, list[dict]]:
+    """A question, its table and its answer as text; and the rows."""
+    table = markdown(rows, columns or COLUMNS)
+    return f"**{question}**\n\n{table}\n\n{answer}", rows
+
+
+def answer(rows: list[dict]) -> str:
+    """Yes for a row that is better than the first with p < .05, no if there is none.
+
+    >>> answer([{"model": "a", "test": {"mean": 0.1}},
+    ...         {"model": "b", "test": {"mean": 0.2}, "p": 0.01}])
+    'Yes: b (p = 0.01).'
+    """
+    base, *others = rows
+    better = [row for row in others if row["test"]["mean"] > base["test"]["mean"]]
+    found = [f"{row['model']} (p = {row['p']:.2g})" for row in better if row["p"] < 0.05]
+    if found:
+        return f"Yes: {', '.join(found)}."
+    least = min((row["p"] for row in better), default=1.0)
+    return f"No: none is better than the first row with p < .05 (least p = {least:.2g})."
+
+
+# ------------------------------------------------------------ stage 1
+
+
+def stage_1(lab: Lab, seeds: int) -> tuple[list[dict], str]:
+    """W alone, the prompt alone, both; at three shares."""
+    full = settings(lab, "Teacher")
+    jobs = {"W alone": Job("Teacher", replace(full, lambda_prompt=0.0))}
+    for share in SHARES:
+        config = replace(full, lambda_prompt=share)
+        jobs[f"W and prompt, λ₁ = {share:g}"] = Job("Teacher", config)
+        jobs[f"prompt alone, λ₁ = {share:g}"] = Job("Teacher", config, PromptOnly)
+    rows = compared(lab, "stage 1", jobs, seeds)
+    return rows, answer([row for row in rows if "alone, λ" not in row["model"]])
+
+
+def compared(lab: Lab, title: str, jobs: dict[str, Job], seeds: int) -> list[dict]:
+    """Teachers on both splits, each tested against the first."""
+    every = [one for job in jobs.values() for one in seeded(job, seeds)]
+    learn_all(lab, f"prompt, {title}", every)
+    rows: list[dict] = []
+    values: dict[str, np.ndarray] = {}
+    for name, job in jobs.items():
+        runs = seeded(job, seeds)
+        validation = [judge(lab, *one, split="val")["recall@20"].mean() for one in runs]
+        values[name] = np.stack([judge(lab, *one)["recall@20"] for one in runs])
+        shares = [load_teacher(lab, *one[1:]).prompt_share() for one in runs]
+        row = {"model": name, "validation": spread(validation)}
+        row |= {"test": spread(values[name].mean(1)), "share": float(np.mean(shares))}
+        rows.append(row | tested(values[name], next(iter(values.values())), bool(rows)))
+    return rows
+
+
+def tested(found: np.ndarray, base: np.ndarray, other: bool) -> dict:
+    """p of a row against the first one; the first has none."""
+    return {"p": paired_test(found, base)["p_bootstrap"]} if other else {}
+
+
+# ------------------------------------------------------------ later data
+
+TUNED: dict[str, Callable[[Teacher], list[nn.Parameter]]] = {
+    "the prompt": lambda teacher: list(teacher.prompt.parameters()),
+    "W^m and b^m": lambda teacher: list(teacher.reduction.parameters()),
+}
+
+
+def later(lab: Lab, seeds: int) -> tuple[list[dict], str]:
+    """A fifth of the interactions arrives later; ids and weights stay the old teacher's."""
+    config = settings(lab, "Teacher")
+    found = [adapted(lab, replace(config, seed=seed)) for seed in range(seeds)]
+    rows: list[dict] = []
+    base = recalls(found, "nothing")
+    for way, first in found[0].items():
+        row = {"model": way, "numbers": first["numbers"]}
+        row["test"] = spread(recalls(found, way).mean(1))
+        row["seconds"] = spread([one[way]["seconds"] for one in found])["mean"]
+        rows.append(row | tested(recalls(found, way), base, bool(rows)))
+    return rows, answer([row for row in rows if row["model"] != "all anew"])
+
+
+def recalls(found: list[dict], way: str) -> np.ndarray:
+    """Of each seed and user: [seeds, users]."""
+    return np.stack([one[way]["values"]["recall@20"] for one in found])
+
+
+def adapted(lab: Lab, config: Config) -> dict[str, dict]:
+    """One seed: users' metrics, seconds and numbers tuned, of each way to take in data."""
+    old, _ = split(lab.dataset.train, config.seed)
+    before = with_data(lab, replace(lab.dataset, train=old))
+    learn_all(before, "prompt, later data", [Job("Teacher", config)])
+    teacher = load_teacher(before, config)
+    result = {"nothing": outcome(lab, moved(lab, config, teacher), 0, 0.0)}
+    for name, chosen in TUNED.items():
+        mover = moved(lab, config, teacher)
+        parameters = chosen(mover)
+        seconds = tune(lab, config, mover, parameters)
+        numbers = sum(weight.numel() for weight in parameters)
+        result[name] = outcome(lab, mover, numbers, seconds)
+    learn_all(lab, "prompt, anew", [Job("Teacher", config)])
+    anew = load_teacher(lab, config)
+    numbers = sum(weight.numel() for weight in anew.parameters())
+    seconds = float(log_of(lab.folder("Teacher", config))["seconds"][-1])
+    result["all anew"] = outcome(lab, anew, numbers, seconds)
+    return result
+
+
+def moved(lab: Lab, config: Config, teacher: Teacher) -> Teacher:
+    """The same teacher over the whole graph, frozen."""
+    ids = teacher.user.clone(), teacher.item.clone()
+    whole = Teacher(lab.dataset, config, lab.device, ids)
+    whole.load_state_dict(teacher.state_dict())
+    return whole.eval().requires_grad_(False)
+
+
+def tune(
+    lab: Lab, config: Config, teacher: Teacher, parameters: list[nn.Parameter]
+) -> float:
+    """Train these alone, as stage 1 does; the seconds it took."""
+    for weight in parameters:
+        weight.requires_grad_(True)
+    groups = [{"params": parameters, "lr": config.lr_teacher}]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), lab.dataset, config, lab.device, {})
+        terms = partial(teacher_terms, teacher)
+        fit(run, "teacher", teacher, groups, 2, terms, lambda: teacher()[:2])
+    teacher.eval().requires_grad_(False)
+    return float(run.state["seconds"])
+
+
+def outcome(lab: Lab, teacher: Teacher, numbers: int, seconds: float) -> dict:
+    dataset = lab.dataset
+    with torch.no_grad():
+        user, item, *_ = teacher()
+    seen = dataset.train + dataset.val
+    values: Values = evaluate(user, item, dataset.test, seen, per_user=True)["per_user"]
+    return {"values": values, "numbers": numbers, "seconds": seconds}
+
+
+# ------------------------------------------------------------ planted
+
+
+def planted(lab: Lab, seeds: int) -> tuple[list[dict], str]:
+    """Teachers on `entangled` data, without a prompt and with either kind of tokens."""
+    place = with_data(lab, entangled(lab.dataset))
+    full = settings(lab, "Teacher")
+    jobs = {"no prompt": Job("Teacher", replace(full, lambda_prompt=0.0))}
+    for tokens in ("mean", "concat"):
+        config = replace(full, lambda_prompt=0.2, tokens=tokens)
+        jobs[f"λ₁ = .2, tokens {tokens}"] = Job("Teacher", config)
+    rows = compared(place, "planted", jobs, seeds)
+    return rows, answer(rows)
+
+
+def entangled(dataset: Dataset) -> Dataset:
+    """Two modalities that need each other: each is the other's, plus noise of its own.
+
+    Of the first two modalities x, y: one holds x + n and y + n', the other the noises n, n'
+    alone, so that x is known only from both together.
+    """
+    first, second = list(dataset.features)[-2:]
+    rng = np.random.default_rng(0)
+    x, y = (dataset.features[m] for m in (first, second))
+    both = np.hstack([x / x.std(), y / y.std()]).astype(np.float32)  # [I, d_x + d_y]
+    noise = rng.standard_normal((len(both), 24)) @ rng.standard_normal((24, both.shape[1]))
+    noise = (2 * noise / noise.std()).astype(np.float32)
+    return replace(dataset, features={first: both + noise, second: noise})

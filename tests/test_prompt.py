@@ -1,0 +1,116 @@
+"""The prompt's experiments: each trains what it says, and answers from the numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import replaced
+
+import promptmm
+from experiments import lab as laboratory, prompt as module
+from experiments.lab import Lab
+from experiments.prompt import PromptOnly, adapted, answer, entangled, moved, tune
+from promptmm import Config, Run, Teacher, train_teacher
+
+
+@pytest.fixture
+def place(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    shop = replaced(tiny, name="shop")
+    return Lab(shop, "shop", torch.device("cpu"), 1, True, tmp_path)
+
+
+@pytest.fixture
+def ids(tiny):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(n, 8, generator=generator) for n in tiny.train.shape)
+
+
+def copies(parameters) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in parameters]
+
+
+def same(before, after) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def always_better(monkeypatch):
+    """Validation improves at each look, so that the last epoch is selected."""
+    looks = iter(range(1000))
+    scripted = lambda *_, **__: {"recall@20": next(looks), "ndcg@20": 0.0}  # noqa: E731
+    monkeypatch.setattr(promptmm, "evaluate", scripted)
+
+
+def test_the_prompt_alone_leaves_w_where_it_starts(
+    tiny, config, ids, tmp_path, monkeypatch
+):
+    always_better(monkeypatch)
+    config = dataclasses.replace(config, patience_teacher=9, lr_prompt=0.1)
+    start = PromptOnly(tiny, config, "cpu", ids)
+    run = Run(tmp_path, tiny, config, torch.device("cpu"), {})
+    teacher = train_teacher(run, ids, PromptOnly)
+    assert same(start.reduction.parameters(), teacher.reduction.parameters())
+    assert not torch.equal(teacher.prompt.weight, start.prompt.weight)
+
+
+@pytest.mark.parametrize("name", module.TUNED)
+def test_only_what_is_named_is_tuned(name, place, config, ids, monkeypatch):
+    """The rest is bit-identical, and the old teacher keeps its own weights."""
+    config = dataclasses.replace(config, lr_teacher=0.1, patience_teacher=9)
+    teacher = Teacher(place.dataset, config, "cpu", ids)
+    before = copies(teacher.parameters())
+    mover = moved(place, config, teacher)
+    chosen = module.TUNED[name](mover)
+    rest = [w for w in mover.parameters() if not any(w is one for one in chosen)]
+    kept = copies(rest)
+    always_better(monkeypatch)
+    began = copies(chosen)
+    assert tune(place, config, mover, chosen) > 0
+    assert not any(torch.equal(a, b) for a, b in zip(began, chosen, strict=True))
+    assert same(kept, rest)
+    assert same(before, teacher.parameters())
+    assert not any(w.requires_grad for w in mover.parameters())
+
+
+def test_numbers_tuned_are_those_of_the_parameters(place):
+    config = Config(dim=8, epochs=2, eval_every=1)
+    found = adapted(place, config)
+    prompt = 8 * 8 + 8
+    reduction = 24 * 24 + 24 + 12 * 12 + 12
+    assert {name: one["numbers"] for name, one in found.items()} == {
+        "nothing": 0,
+        "the prompt": prompt,
+        "W^m and b^m": reduction,
+        "all anew": prompt + reduction,
+    }
+
+
+def test_an_answer_comes_from_the_numbers():
+    base = {"model": "first", "test": {"mean": 0.2}}
+    better = {"model": "better", "test": {"mean": 0.3}, "p": 0.01}
+    chance = {"model": "chance", "test": {"mean": 0.21}, "p": 0.4}
+    worse = {"model": "worse", "test": {"mean": 0.1}, "p": 0.001}
+    assert answer([base, chance, better, worse]) == "Yes: better (p = 0.01)."
+    assert answer([base, chance, worse]).startswith("No") and "0.4" in answer(
+        [base, chance]
+    )
+
+
+def test_entangled_modalities_need_each_other(tiny):
+    """Their difference is the content without the noise; the noise alone says nothing."""
+    dataset = entangled(tiny)
+    first, second = dataset.features
+    content = dataset.features[first] - dataset.features[second]
+    x, y = (tiny.features[m] for m in tiny.features)
+    plain = np.hstack([x / x.std(), y / y.std()])
+    assert np.allclose(content, plain, atol=1e-4)
+    assert dataset.features[second].std() > plain.std()
+
+
+def test_the_part_answers_every_question(place):
+    output = module.prompt(place, 1)
+    assert output.text.count("**") == 4  # two questions: real data are not planted
+    assert output.text.count("\n\nNo:") + output.text.count("\n\nYes:") == 2
+    names = [row["model"] for row in output.rows]
+    assert names[0] == "W alone" and names[-1] == "all anew"
