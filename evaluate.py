@@ -150,25 +150,33 @@ def line_search(
 ) -> list[float]:
     """The weight of each ranking beside the first, by Recall@20 on validation.
 
-    One after the other, from 0, which one keeps unless another weight gains more than that
-    gain's standard error over the users: noise would find some weight that seems to help.
+    From 0 for all; the ranking that gains most goes first, and the search ends when none
+    gains. A weight counts by the mean of its own recall and its neighbours' on the grid: an
+    isolated peak is noise.
     """
     scaled = [one_scale(pair) for pair in pairs]
     weights = [1.0] + [0.0] * (len(pairs) - 1)
 
-    def recall(m: int, weight: float) -> np.ndarray:  # of each user  [n]
-        candidate = [*weights[:m], weight, *weights[m + 1 :]]
-        fused = fuse(scaled, candidate)
-        found = evaluate(*fused, val, exclude=train, per_user=True)
-        return found["per_user"]["recall@20"]
+    def recall(m: int, weight: float) -> float:
+        fused = fuse(scaled, [*weights[:m], weight, *weights[m + 1 :]])
+        return evaluate(*fused, val, exclude=train)["recall@20"]
 
-    best = recall(0, 1.0)
-    for m in range(1, len(pairs)):
-        tried = {weight: recall(m, weight) for weight in WEIGHTS}
-        weight = max(tried, key=lambda one: tried[one].mean())
-        gain = tried[weight] - best  # [n]
-        if gain.mean() > gain.std() / len(gain) ** 0.5:
-            weights[m], best = weight, tried[weight]
+    def gain(m: int) -> tuple[float, float]:
+        """How much a ranking gains at most, and at which weight."""
+        found = [recall(m, weight) for weight in (0.0, *WEIGHTS)]
+        beside = [found[i : i + 3] for i in range(len(WEIGHTS))]  # of each weight
+        smooth = [sum(three) / len(three) for three in beside]
+        best = max(range(len(WEIGHTS)), key=smooth.__getitem__)
+        return smooth[best] - found[0], WEIGHTS[best]
+
+    left = list(range(1, len(pairs)))
+    while left:
+        gains = {m: gain(m) for m in left}
+        m = max(gains, key=gains.__getitem__)
+        if gains[m][0] <= 0:
+            break
+        weights[m] = gains[m][1]
+        left.remove(m)
     return weights[1:]
 
 

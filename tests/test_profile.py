@@ -86,19 +86,51 @@ def test_useless_content_costs_nothing(tiny):
         assert after["recall@20"] == pytest.approx(before["recall@20"])
 
 
-@pytest.mark.parametrize(("lost", "weight"), [(9, 0.0), (0, 0.1)])
-def test_a_gain_within_its_standard_error_is_no_gain(lost, weight, monkeypatch):
-    """Ten users of 100 find their item; if nine others lose theirs, that is chance."""
-    before = np.r_[np.ones(9), np.zeros(91)]
-    after = np.r_[np.ones(9 - lost), np.zeros(lost), np.ones(10), np.zeros(81)]
-    pairs = [(torch.ones(2, 1), torch.ones(3, 1))] * 2
+def searched(monkeypatch, curve: dict[float, float]) -> list[float]:
+    """What the search finds where a second ranking adds to recall as its curve says."""
+    item = torch.arange(3.0)[:, None]
+    size = item.std(correction=0).item()
+    pairs = [(torch.ones(2, 1), item)] * 2
 
-    def scripted(user, item, target, exclude, per_user):
-        return {"per_user": {"recall@20": before if user.shape[1] == 1 else after}}
+    def scripted(user, item, target, exclude):
+        loud = [round(value * size, 4) for value in user[0].tolist()][1:]
+        return {"recall@20": sum(curve[weight] for weight in loud)}
 
     monkeypatch.setattr("evaluate.evaluate", scripted)
     none = sparse.csr_matrix((2, 3))
-    assert line_search(pairs, none, none) == [weight]
+    return line_search(pairs, none, none)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "weight"),
+    [
+        ([0, 0, 0, 0.9, -0.9, -0.9, 0, 0], 0.3),  # the mean with its neighbours decides
+        ([0, 0, 0.3, 0.4, 0.3, 0, 0, 0], 0.5),
+        ([-1, -1, -1, 0.5, -1, -1, -1, -1], 0.0),
+        ([0, 0, 0, 0, 0, 0, 0, 0], 0.0),
+    ],
+)
+def test_an_isolated_peak_is_no_gain(recalls, weight, monkeypatch):
+    curve = dict(zip(WEIGHTS, recalls, strict=True))
+    assert searched(monkeypatch, curve) == [weight]
+
+
+def test_what_gains_most_goes_first(monkeypatch):
+    """Two rankings that know the same: the better one is taken, the other adds nothing."""
+    user = torch.eye(4)
+    asked = []
+
+    def scripted(user, item, target, exclude):
+        asked.append(user.shape[1])
+        second, third = user.shape[1] in (5, 8), user.shape[1] in (7, 8)
+        return {"recall@20": max(0.1 * second, 0.3 * third)}
+
+    monkeypatch.setattr("evaluate.evaluate", scripted)
+    pairs = [(user[:, :n], torch.randn(9, n)) for n in (4, 1, 3)]
+    none = sparse.csr_matrix((4, 9))
+    weights = line_search(pairs, none, none)
+    assert weights[0] == 0 and weights[1] > 0
+    assert len(asked) == 3 * (1 + len(WEIGHTS))
 
 
 def test_the_grid_ascends():
