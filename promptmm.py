@@ -378,14 +378,16 @@ class Teacher(nn.Module):
         return profile, f + self.graph.to_items(profile)
 
     def propagate(self, f: Tensor) -> Pair:
-        """F_i^m = f + Â_iu Â_ui f in unit rows, F_u^m = Â_ui F_i^m: [U, d_T], [I, d_T].
+        """F_i^m = f beside Â_iu Â_ui f, F_u^m = Â_ui F_i^m: [U, d_T], [I, d_T].
 
-        An item keeps its own content beside that of its neighbours; without neighbours, or
-        without content, the other half speaks (errata P12).
+        An item keeps its own content and hears that of its neighbours, each half and their
+        sum a unit row: an item without neighbours, or without content, is as long as any
+        other, so that nobody need have taken it to be found (errata P12).
         """
         around = self.graph.to_items(self.graph.to_users(f))  # [I, d_T]
-        item = F.normalize(f, dim=1) + F.normalize(around, dim=1)  # [I, d_T]
-        user = self.graph.to_users(item)  # [U, d_T]
+        both = F.normalize(f, dim=1) + F.normalize(around, dim=1)  # [I, d_T]
+        item = F.normalize(both, dim=1)  # F_i [I, d_T]
+        user = self.graph.to_users(item)  # F_u [U, d_T]
         return F.normalize(user, dim=1), item
 
     def forward(self, fixed: dict[str, Fixed] | None = None) -> Encoded:
@@ -756,11 +758,11 @@ class Distillation:
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """K - 1 of each user's best items, drawn anew, and their logits: [B, K - 1]."""
-        best = self.best.index_select(0, users)  # [B, N]
-        told = self.told.index_select(0, users)  # [B, N]
+        n = self.best.shape[1]
         shape = len(users), self.config.negatives
-        column = torch.randint(best.shape[1], shape, device=best.device)
-        return best.gather(1, column), told.gather(1, column)
+        column = torch.randint(n, shape, device=users.device)
+        cell = n * users[:, None] + column  # of the flattened lists  [B, K - 1]
+        return self.best.take(cell), self.told.take(cell)
 
     def terms(self, student: Student, users: Tensor, pairs: Tensor) -> Losses:
         """Eq. 12 on a batch, by term: users [B] and their lists, which begin as `pairs`."""
