@@ -1,7 +1,7 @@
 """Does the prompt pay? Four questions, each answered from the numbers (Section 3.1).
 
     stage 1      W^m, the prompt, or both: what does the teacher gain?
-    stage 2      Table 5 has the student under a tuned and under a frozen prompt
+    stage 2      beside the student: tune nothing, the prompt, biases, an adapter, W^m?
     later data   a frozen teacher meets new interactions: which numbers to tune?
     planted      modalities that carry each other's information
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from data import Dataset
-from evaluate import evaluate, paired_test
+from evaluate import evaluate, paired_test, spread as deviation_of
 from experiments.incremental import split
 from experiments.lab import (
     Job,
@@ -37,7 +37,17 @@ from experiments.lab import (
     with_data,
 )
 from experiments.publish import Output, markdown, protocol
-from promptmm import Config, Run, Teacher, fit, teacher_terms
+from promptmm import (
+    Config,
+    Distillation,
+    Encoded,
+    Fixed,
+    Run,
+    Student,
+    Teacher,
+    fit,
+    teacher_terms,
+)
 
 SHARES = (0.05, 0.2, 1.0)  # λ₁
 COLUMNS = {
@@ -46,6 +56,14 @@ COLUMNS = {
     "test": "test Recall@20",
     "p": "p (test)",
     "share": "prompt's share of f^m",
+}
+BESIDE = {
+    "model": "tuned beside the student",
+    "numbers": "numbers tuned",
+    "validation": "student, validation",
+    "teacher": "its teacher, validation",
+    "test": "student, test Recall@20",
+    "p": "p (test)",
 }
 LATER = {
     "model": "on the whole graph",
@@ -68,6 +86,7 @@ def prompt(lab: Lab, seeds: int) -> Output:
     """The questions, their tables, and their answers."""
     parts = [
         asked("Stage 1: is the prompt worth more than W^m alone?", *stage_1(lab, seeds)),
+        asked("Stage 2: is it worth tuning?", *stage_2(lab, seeds), BESIDE),
         asked("Does a frozen teacher adapt to later data?", *later(lab, seeds), LATER),
     ]
     if not lab.source:
@@ -144,12 +163,129 @@ def tested(found: np.ndarray, base: np.ndarray, other: bool) -> dict:
     return {"p": paired_test(found, base)["p_bootstrap"]} if other else {}
 
 
+# ------------------------------------------------------------ stage 2
+
+
+class Adapted(Teacher):
+    """An adapter of rank 1 beside each frozen W^m: W^m + a b, which starts at zero."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        shapes = [layer.weight.shape for layer in self.reduction]  # d_T, d_m
+        self.a = nn.ParameterList(torch.randn(d_m, 1) / d_m**0.5 for _, d_m in shapes)
+        self.b = nn.ParameterList(torch.zeros(1, d_t) for d_t, _ in shapes)
+        self.to(self.user.device)
+
+    def fixed(self) -> dict[str, Fixed]:
+        layers = super().fixed()
+        if hasattr(self, "b"):  # not while Teacher itself is being made
+            for (m, layer), a, b in zip(layers.items(), self.a, self.b, strict=True):
+                xw = layer.xw + self.features[m] @ a @ b  # [I, d_T]
+                layers[m] = Fixed(xw, layer.weight + a @ b, layer.bias)
+        return layers
+
+
+def nothing(teacher: Teacher) -> list[nn.Parameter]:
+    return []
+
+
+def the_prompt(teacher: Teacher) -> list[nn.Parameter]:
+    return list(teacher.prompt.parameters())
+
+
+def biases(teacher: Teacher) -> list[nn.Parameter]:
+    return [layer.bias for layer in teacher.reduction]
+
+
+def adapters(teacher: Teacher) -> list[nn.Parameter]:
+    return [*teacher.a, *teacher.b]
+
+
+def reductions(teacher: Teacher) -> list[nn.Parameter]:
+    return list(teacher.reduction.parameters())
+
+
+WAYS: dict[str, Callable[[Teacher], list[nn.Parameter]]] = {
+    "nothing": nothing,
+    "the prompt": the_prompt,
+    "b^m": biases,
+    "an adapter of rank 1": adapters,
+    "W^m and b^m": reductions,
+}
+
+
+def stage_2(lab: Lab, seeds: int) -> tuple[list[dict], str]:
+    """A student, and beside it some numbers of its teacher, all else of θ_T frozen."""
+    full = settings(lab)
+    learn_all(lab, "prompt, stage 2", seeded(Job("Teacher", full), seeds))
+    rows: list[dict] = []
+    base = np.empty(0)
+    for way, chosen in WAYS.items():
+        runs = [beside(lab, replace(full, seed=seed), chosen) for seed in range(seeds)]
+        values = np.stack([run["values"] for run in runs])  # [seeds, users]
+        base = base if rows else values
+        row = {"model": way, "numbers": runs[0]["numbers"]}
+        for key in ("validation", "teacher"):
+            row[key] = spread([run[key] for run in runs])
+        row["test"] = spread(values.mean(1))
+        rows.append(row | tested(values, base, bool(rows)))
+        print(f"{lab.dataset.name} prompt, stage 2: {way}, {row['test']['mean']:.4f}")
+    return rows, answer(rows)
+
+
+def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
+    """One student: its validation and test recall, its teacher's, how much was tuned."""
+    dataset = lab.dataset
+    teacher = moved(lab, config, load_teacher(lab, config), Adapted)
+    parameters = chosen(teacher)
+    config = replace(config, tune_prompt=bool(parameters))  # lists are found at each epoch
+    torch.manual_seed(config.seed)
+    student = Student(dataset.train, config, lab.device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), dataset, config, lab.device, {})
+        encode = on_one_scale(teacher)
+        for weight in parameters:
+            weight.requires_grad_(True)
+        taught = Distillation(run, encode)
+        own = {"student": student, "project": taught.project}
+        learner = nn.ModuleDict(own | {"tuned": nn.ParameterList(parameters)})
+        groups = [
+            {"params": list(nn.ModuleDict(own).parameters()), "lr": config.lr_student},
+            {"params": parameters, "lr": config.lr_prompt},
+        ]
+        terms = partial(taught.terms, student)
+        fit(run, "student", learner, groups, taught.width, terms, student, taught.refresh)
+    with torch.no_grad():
+        pair, theirs = student(), teacher.eval()()[:2]
+    seen = dataset.train + dataset.val
+    test = evaluate(*pair, dataset.test, seen, per_user=True)["per_user"]
+    found = {"values": test["recall@20"]}
+    found["numbers"] = sum(weight.numel() for weight in parameters)
+    for key, ranked in (("validation", pair), ("teacher", theirs)):
+        found[key] = evaluate(*ranked, dataset.val, dataset.train)["recall@20"]
+    return found
+
+
+def on_one_scale(teacher: Teacher) -> Callable[[], Encoded]:
+    """`promptmm.stage_two` for a teacher of which any part may be tuned."""
+    with torch.no_grad():
+        first = teacher()
+    size = deviation_of(first.teacher_user, first.teacher_item)
+    modal = zip(first.user_modal.values(), first.item_modal.values(), strict=True)
+    sizes = [deviation_of(*pair) for pair in modal]
+
+    def encode() -> Encoded:
+        user, item, user_modal, item_modal = teacher()
+        parts = zip(user_modal.items(), sizes, strict=True)
+        scaled = {m: part / one for (m, part), one in parts}
+        return Encoded(user / size, item, scaled, item_modal)
+
+    return encode
+
+
 # ------------------------------------------------------------ later data
 
-TUNED: dict[str, Callable[[Teacher], list[nn.Parameter]]] = {
-    "the prompt": lambda teacher: list(teacher.prompt.parameters()),
-    "W^m and b^m": lambda teacher: list(teacher.reduction.parameters()),
-}
+TUNED = {"the prompt": the_prompt, "W^m and b^m": reductions}
 
 
 def later(lab: Lab, seeds: int) -> tuple[list[dict], str]:
@@ -192,11 +328,13 @@ def adapted(lab: Lab, config: Config) -> dict[str, dict]:
     return result
 
 
-def moved(lab: Lab, config: Config, teacher: Teacher) -> Teacher:
-    """The same teacher over the whole graph, frozen."""
+def moved(
+    lab: Lab, config: Config, teacher: Teacher, kind: type[Teacher] = Teacher
+) -> Teacher:
+    """The same teacher over the lab's whole graph, frozen; `kind` may add parameters."""
     ids = teacher.user.clone(), teacher.item.clone()
-    whole = Teacher(lab.dataset, config, lab.device, ids)
-    whole.load_state_dict(teacher.state_dict())
+    whole = kind(lab.dataset, config, lab.device, ids)
+    whole.load_state_dict(teacher.state_dict(), strict=kind is Teacher)
     return whole.eval().requires_grad_(False)
 
 

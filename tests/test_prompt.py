@@ -9,9 +9,20 @@ from conftest import replaced
 
 import promptmm
 from experiments import lab as laboratory, prompt as module
-from experiments.lab import Lab
-from experiments.prompt import PromptOnly, adapted, answer, entangled, moved, tune
-from promptmm import Config, Run, Teacher, train_teacher
+from experiments.lab import Job, Lab, judge, learn, load_teacher
+from experiments.prompt import (
+    WAYS,
+    Adapted,
+    PromptOnly,
+    adapted,
+    answer,
+    beside,
+    entangled,
+    moved,
+    on_one_scale,
+    tune,
+)
+from promptmm import Config, Run, Teacher, stage_two, train_teacher
 
 
 @pytest.fixture
@@ -73,6 +84,72 @@ def test_only_what_is_named_is_tuned(name, place, config, ids, monkeypatch):
     assert not any(w.requires_grad for w in mover.parameters())
 
 
+def test_an_adapter_starts_as_the_teacher_and_is_what_w_becomes(tiny, config, ids):
+    """At b = 0 bit for bit; moved, as a Teacher whose W^m is W^m + a b."""
+    plain = Teacher(tiny, config, "cpu", ids).eval()
+    teacher = Adapted(tiny, config, "cpu", ids).eval()
+    teacher.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert same(teacher()[:2], plain()[:2])
+        for layer, a, b in zip(plain.reduction, teacher.a, teacher.b, strict=True):
+            b.normal_()
+            layer.weight += (a @ b).T
+        for one, two in zip(teacher()[:2], plain()[:2], strict=True):
+            assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_the_scale_is_that_of_stage_two(tiny, config, ids):
+    teacher = Teacher(tiny, config, "cpu", ids)
+    frozen = stage_two(teacher, dataclasses.replace(config, tune_prompt=False))()
+    ours = on_one_scale(teacher)()
+    for one, two in zip(frozen[:2], ours[:2], strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+    for m, part in frozen.user_modal.items():
+        assert torch.allclose(part, ours.user_modal[m], atol=1e-6)
+
+
+@pytest.fixture
+def teaching(place, monkeypatch):
+    """A lab in which content always teaches, and each model's last epoch is kept."""
+    monkeypatch.setattr(promptmm, "line_search", lambda *_: [0.5, 0.25])
+    return place
+
+
+def test_beside_nothing_the_student_is_promptmm(teaching):
+    config = Config(dim=8, epochs=2, eval_every=1)
+    learn(teaching, "PromptMM", config)
+    job = Job("PromptMM", config)
+    found = beside(teaching, config, WAYS["nothing"])
+    assert np.array_equal(found["values"], judge(teaching, *job)["recall@20"])
+    assert found["numbers"] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stage_2_tunes_what_it_names(way, teaching, monkeypatch):
+    """The last epoch is kept; what is not named stays bit-identical."""
+    config = Config(dim=8, epochs=2, eval_every=1, lr_prompt=0.1)
+    load_teacher(teaching, config)
+    teachers = []
+
+    def kept(*arguments):
+        teachers.append(moved(*arguments))
+        return teachers[-1]
+
+    monkeypatch.setattr(module, "moved", kept)
+    always_better(monkeypatch)
+    before = []
+
+    def noted(teacher):
+        before.append(copies(teacher.parameters()))
+        return WAYS[way](teacher)
+
+    beside(teaching, config, noted)
+    [teacher] = teachers
+    named = {id(weight) for weight in WAYS[way](teacher)}
+    for old, weight in zip(before[0], teacher.parameters(), strict=True):
+        assert torch.equal(old, weight) == (id(weight) not in named)
+
+
 def test_numbers_tuned_are_those_of_the_parameters(place):
     config = Config(dim=8, epochs=2, eval_every=1)
     found = adapted(place, config)
@@ -110,7 +187,7 @@ def test_entangled_modalities_need_each_other(tiny):
 
 def test_the_part_answers_every_question(place):
     output = module.prompt(place, 1)
-    assert output.text.count("**") == 4  # two questions: real data are not planted
-    assert output.text.count("\n\nNo:") + output.text.count("\n\nYes:") == 2
+    assert output.text.count("**") == 6  # three questions: real data are not planted
+    assert output.text.count("\n\nNo:") + output.text.count("\n\nYes:") == 3
     names = [row["model"] for row in output.rows]
     assert names[0] == "W alone" and names[-1] == "all anew"
