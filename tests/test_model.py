@@ -322,7 +322,7 @@ def unit(x):
 
 
 def test_teacher_matches_dense_algebra(tiny, config):
-    """Eq. 1, dense: F_i = f + Â_iu Â_ui f, F_u = Â_ui F_i; weighted sum of z-scores."""
+    """Eq. 1, dense: F_i of f + Â_iu Â_ui f, F_u = Â_ui F_i; weighted sum of z-scores."""
     ids = torch.randn(60, 8), torch.randn(40, 8)
     teacher = Teacher(tiny, config, "cpu", ids).eval()
     teacher.weights.copy_(torch.tensor([0.7, 0.2]))
@@ -333,7 +333,7 @@ def test_teacher_matches_dense_algebra(tiny, config):
     total = 0
     rankings = [(1.0, ids[0] @ ids[1].T)]
     for (m, f), weight in zip(reduced.items(), (0.7, 0.2), strict=True):
-        item = unit(f) + unit(block.T @ (block @ f))
+        item = unit(unit(f) + unit(block.T @ (block @ f)))
         user = unit(block @ item)
         assert torch.allclose(found.user_modal[m], user, atol=1e-5)
         assert torch.allclose(found.item_modal[m], item, atol=1e-5)
