@@ -6,6 +6,7 @@
     ablation.py      Table 5, Figure 3, and what the paper leaves open, a change at a time
     controls.py      is it content that the student learns, or would any teacher do
     prompt.py        does the prompt pay, and where
+    transfer.py      settings from elsewhere: does distillation do harm
     cost.py          Table 6: time, memory, size
     sensitivity.py   Figure 4: one setting at a time
     convergence.py   Figure 5: epoch by epoch

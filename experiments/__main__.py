@@ -41,6 +41,7 @@ from experiments.printed import counts, figure2, table8, table9
 from experiments.prompt import prompt
 from experiments.publish import Output, fill_pages, publish
 from experiments.sensitivity import figure4
+from experiments.transfer import transfer
 from experiments.tune import tune
 
 
@@ -61,6 +62,7 @@ EVERY = (
     Part("options", options, 3, "embedded"),
     Part("controls", controls, 5, "named"),
     Part("prompt", prompt, 3, "named"),
+    Part("transfer", transfer, 3, "named"),
     Part("popularity", popularity, 3, "any"),
     Part("table6", table6, 0, "any"),
     Part("table7", table7, 3, "any"),

@@ -61,6 +61,7 @@ from experiments.lab import (
     settings,
     with_data,
 )
+from experiments.transfer import foreign, transfer
 from promptmm import Config, Teacher
 
 RESULTS = CODE / "results"
@@ -717,6 +718,40 @@ def test_the_comparisons_are_fair_ones(name):
     assert set(table) >= expected
 
 
+# ------------------------------------------------------------ settings from elsewhere
+
+
+def test_settings_from_elsewhere_are_those_of_the_presets(lab, monkeypatch):
+    """Each pair shares its ids, and both of its models are under the settings it names."""
+    presets = {
+        "synthetic": {"dim": 3},
+        "shop": {"dim": 5},
+        "other": {"lambda_list": 7.0, "batch": 64},
+    }
+    monkeypatch.setattr("experiments.transfer.PRESETS", presets)
+    own = {"shop": {"dim": 5}, "other": {"batch": 64}}
+    monkeypatch.setattr("experiments.transfer.LIGHTGCN", own)
+    lab = dataclasses.replace(lab, quick=True, chosen={"PromptMM": {"dim": 4}})
+    found = foreign(lab)
+    assert list(found) == ["own search", "defaults", "found on other"]
+    short = {"epochs": 2, "eval_every": 1}
+    under = [settings(place) for place in found.values()]
+    assert under == [
+        Config(dim=4, **short),
+        Config(**short),
+        Config(**presets["other"], **short),
+    ]
+    assert ids_settings(found["found on other"], under[2]) == Config(batch=64, **short)
+    watched = count_calls(monkeypatch, sys.modules["experiments.transfer"], "compare")
+    output = transfer(lab, 1)
+    for (place, _, jobs, *_), row in zip(watched, output.rows, strict=True):
+        assert place is not lab or row["settings"] == "own search"
+        assert jobs["PromptMM"].config == settings(place)
+        judged = [judge(place, *job)["recall@20"].mean() for job in jobs.values()]
+        assert [row["alone"]["mean"], row["student"]["mean"]] == pytest.approx(judged)
+        assert row["ratio"] == f"{judged[1] / judged[0]:.1%}"
+
+
 # ------------------------------------------------------------ controls
 
 
@@ -1041,7 +1076,8 @@ def test_the_parts_of_all(embedded, folder, monkeypatch):
         "experiments.__main__.perform", lambda lab, part, *_: ran.append(part)
     )
     assert main(["all", "--out", str(embedded)]) == 0
-    assert ran == [part for part in EVERY if part.name not in ("controls", "prompt")]
+    named = ("controls", "prompt", "transfer")
+    assert ran == [part for part in EVERY if part.name not in named]
     assert list(EVERY) == list(PARTS.values())
     ran.clear()
     assert main(["all", "--data", str(folder), "--out", str(embedded)]) == 0

@@ -126,7 +126,7 @@ def test_beside_nothing_the_student_is_promptmm(teaching):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_stage_2_tunes_what_it_names(way, teaching, monkeypatch):
-    """The last epoch is kept; what is not named stays bit-identical."""
+    """The last epoch is kept; what is not named stays; lists follow what is tuned."""
     config = Config(dim=8, epochs=2, eval_every=1, lr_prompt=0.1)
     load_teacher(teaching, config)
     teachers = []
@@ -143,7 +143,12 @@ def test_stage_2_tunes_what_it_names(way, teaching, monkeypatch):
         before.append(copies(teacher.parameters()))
         return WAYS[way](teacher)
 
+    listed, found = [], promptmm.best_unobserved
+    monkeypatch.setattr(
+        promptmm, "best_unobserved", lambda *given: listed.append(1) or found(*given)
+    )
     beside(teaching, config, noted)
+    assert len(listed) == (1 if way == "nothing" else config.epochs)
     [teacher] = teachers
     named = {id(weight) for weight in WAYS[way](teacher)}
     for old, weight in zip(before[0], teacher.parameters(), strict=True):

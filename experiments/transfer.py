@@ -1,0 +1,55 @@
+"""Settings that were found elsewhere, or nowhere: does distillation do harm?
+
+Rows come in pairs, LightGCN and PromptMM on top of it: under the settings of this dataset's
+own search, under the defaults, and under what a search found on each other dataset
+(`promptmm.PRESETS`). Nobody's own data come with a search.
+"""
+
+from dataclasses import replace
+
+from experiments.lab import Job, Lab, compare, settings
+from experiments.publish import Output, markdown, protocol
+from promptmm import LIGHTGCN, PRESETS
+
+COLUMNS = {
+    "settings": "settings",
+    "alone": "LightGCN",
+    "student": "PromptMM",
+    "ratio": "PromptMM / LightGCN",
+    "p": "p (users and seeds)",
+}
+
+
+def transfer(lab: Lab, seeds: int) -> Output:
+    """PromptMM beside the LightGCN of the same settings, wherever these are from."""
+    rows = []
+    values = []
+    for name, place in foreign(lab).items():
+        jobs = {
+            model: Job(model, settings(place, model)) for model in ("LightGCN", "PromptMM")
+        }
+        alone, student = compare(place, f"transfer, {name}", jobs, seeds, "LightGCN")
+        ratio = student["recall@20"]["mean"] / alone["recall@20"]["mean"]
+        row = {
+            "settings": name,
+            "alone": alone["recall@20"],
+            "student": student["recall@20"],
+        }
+        rows.append(row | {"ratio": f"{ratio:.1%}", "p": student["p_single"]})
+        values += [student, alone]
+    title = f"Settings from elsewhere on {lab.dataset.name}, Recall@20 on test"
+    note = f"{protocol(settings(lab), seeds)}; p of each pair alone, not adjusted"
+    return Output(title, rows, markdown(rows, COLUMNS), note, extra={"pairs": values})
+
+
+def foreign(lab: Lab) -> dict[str, Lab]:
+    """The same data under other settings, by where these are from."""
+    places = {"own search": lab, "defaults": chosen(lab, {}, {})}
+    for name, preset in PRESETS.items():
+        if name not in (lab.dataset.name, "synthetic"):
+            places[f"found on {name}"] = chosen(lab, LIGHTGCN[name], preset)
+    return places
+
+
+def chosen(lab: Lab, lightgcn: dict, promptmm: dict) -> Lab:
+    return replace(lab, chosen={"LightGCN": lightgcn, "PromptMM": promptmm})
