@@ -14,10 +14,14 @@ import contextlib
 import csv
 import hashlib
 import json
+import operator
 import os
 import pickle
+import re
 import shutil
 import sys
+import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,7 +49,10 @@ class Dataset:
 
 
 class DataError(ValueError):
-    """What a dataset has and what was expected, in one line."""
+    """What a dataset has and what was expected, in one line, whatever a file is called."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 def need(holds, message: str) -> None:
@@ -290,6 +297,8 @@ LAYOUTS = {  # the files of each split, the first that is there
     ],
     "MMRec": [["*.inter"], ["*.inter"], ["*.inter"]],  # one file, <name>.inter, for all
 }
+MOST_USERS = 10**8  # that a file may declare: more than any public dataset has
+LARGEST = 1e30  # of a feature: sums of these stay finite in float32
 
 
 def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
@@ -335,7 +344,7 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # parsers raise a dozen types; all mean the same here
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = str(error) or type(error).__name__
         reason = reason if type(error) is DataError else f"cannot be read: {reason}"
         raise DataError(f"{file}: {reason}") from error
 
@@ -364,36 +373,87 @@ def read_features(file: Path) -> np.ndarray:
             return np.ascontiguousarray(array, dtype=np.float32)
 
 
-RECONSTRUCT = np.empty(1).__reduce_ex__(2)[0]  # how numpy pickles an array, protocols 2-4
-FROM_BUFFER = np.empty(1).__reduce_ex__(5)[0]  # and protocol 5
+# A pickle runs what it names. Here all that it may name stands for itself alone: nothing of
+# numpy or scipy is built by a file, and plain checks read what these were given.
 
 
-class _Unpickler(pickle.Unpickler):
-    """A pickle may run code that it names; here it can name only a matrix's parts."""
+class _Part:
+    """What a pickle names: it keeps what it is given, and does nothing."""
 
-    ALLOWED: dict[tuple[str, str], Any] = {
-        ("scipy.sparse.coo", "coo_matrix"): sparse.coo_matrix,
-        ("scipy.sparse.csr", "csr_matrix"): sparse.csr_matrix,
-        ("scipy.sparse.csc", "csc_matrix"): sparse.csc_matrix,
-        ("scipy.sparse._coo", "coo_matrix"): sparse.coo_matrix,
-        ("scipy.sparse._csr", "csr_matrix"): sparse.csr_matrix,
-        ("scipy.sparse._csc", "csc_matrix"): sparse.csc_matrix,
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy.core.numeric", "_frombuffer"): FROM_BUFFER,
-        ("numpy._core.numeric", "_frombuffer"): FROM_BUFFER,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # How protocol 2 writes bytes.
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    given: tuple = ()
+    state: Any = None
+
+    def __init__(self, *given):
+        self.given = given
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Fields(dict):
+    """A pickle's dict, keyed by text: a hash of tuples nested too deep ends the process."""
+
+    def __setitem__(self, name, value):
+        need(type(name) is str, "refused: expected fields by name, found other keys")
+        super().__setitem__(name, value)
+
+
+def _begin_fields(unpickler):
+    unpickler.append(_Fields())
+
+
+def _refuse(_):
+    raise DataError("refused: it has sets or long numbers, expected a scipy sparse matrix")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own: the one in C allocates as much as a number in the file says."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch |= {
+        pickle.EMPTY_DICT[0]: _begin_fields,
+        # Bytes, written alike: a bytearray is allocated, and filled, before it is read.
+        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
+        **dict.fromkeys(pickle.DICT + pickle.ADDITEMS + pickle.FROZENSET, _refuse),
+        **dict.fromkeys(pickle.INT + pickle.LONG + pickle.LONG4, _refuse),
+    }
+    known = {  # later versions put an underscore before a module's name
+        path: type(path.rpartition(".")[2], (_Part,), {})
+        for path in [
+            "scipy.sparse.coo.coo_matrix",
+            "scipy.sparse.csr.csr_matrix",
+            "scipy.sparse.csc.csc_matrix",
+            "numpy.core.multiarray._reconstruct",  # an array, protocols 2 to 4
+            "numpy.core.numeric._frombuffer",  # and protocol 5
+            "numpy.ndarray",
+            "numpy.dtype",
+            "_codecs.encode",  # bytes, protocol 2
+        ]
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        path = f"{module.replace('._', '.')}.{name}"
         need(
-            (module, name) in self.ALLOWED,
+            path in self.known,
             f"refused: it asks for {module}.{name}, expected a scipy sparse matrix",
         )
-        return self.ALLOWED[module, name]
+        return self.known[path]
+
+
+def _array(part: Any) -> np.ndarray:
+    """The array [n] of numbers that a pickle describes, of as many bytes as it needs."""
+    if type(part).__name__ == "_frombuffer":
+        content, dtype, shape, *_ = part.given
+    else:
+        *_, shape, dtype, _, content = part.state
+    if isinstance(content, _Part):
+        content = content.given[0].encode("latin1")
+    kind = dtype.state[1] + dtype.given[0]  # byte order, then kind and size
+    numbers = re.fullmatch("[<>|][biuf][1248]", kind)  # an exception if it is no text
+    need(numbers, f"expected an array of numbers, found {kind}")
+    array = np.frombuffer(content, kind)
+    need(shape == array.shape, f"expected a shape of {array.shape}, found another")
+    return array
 
 
 Cells = tuple[np.ndarray, np.ndarray]  # users [n], items [n]
@@ -410,21 +470,63 @@ def _read(file: Path, label: int) -> tuple[Cells, tuple | None]:
 
 
 def _read_matrix(file: Path) -> tuple[Cells, tuple]:
+    """The positive entries of a matrix, and the shape that it declares.
+
+    Nothing is allocated by that shape. A zero that is stored is no interaction.
+    """
+    form, fields = _fields(file)
+    known = form in ("coo", "csr", "csc")
+    need(known, f"expected a scipy sparse matrix, coo, csr or csc, found {form}")
+    n_users, n_items = map(operator.index, fields["_shape"])
+    names = ("row", "col") if form == "coo" else ("indptr", "indices")
+    # An exception for ids with fractions, which must not be cut off.
+    first, second = (fields[m].astype(np.int64, casting="same_kind") for m in names)
+    values = fields["data"].astype(np.float64, casting="same_kind")
+    if form != "coo":
+        first = _spread(first, n_users if form == "csr" else n_items, len(second))
+        second, values = second[: len(first)], values[: len(first)]
+    users, items = (second, first) if form == "csc" else (first, second)
+    need(
+        users.shape == items.shape == values.shape,
+        f"expected a value for each cell, found {values.shape} for {users.shape}",
+    )
+    low, high = values.min(initial=0), values.max(initial=0)
+    need(
+        0 <= low and high < np.inf,
+        f"expected finite values, none negative, found {low} to {high}",
+    )
+    kept = values > 0
+    return (users[kept], items[kept]), (n_users, n_items)
+
+
+def _fields(file: Path) -> tuple[str, dict]:
+    """What a file has of a sparse matrix: the format, and arrays and shape by name."""
     with open(file, "rb") as stream:
         if file.suffix == ".npz":
-            matrix = sparse.load_npz(stream)
-        else:
-            matrix = _Unpickler(stream).load()
+            with np.load(stream) as saved:  # which refuses objects
+                fields = dict(saved)
+            fields["_shape"] = fields["shape"].tolist()
+            return str(fields["format"].astype(str)), fields
+        matrix = _Unpickler(stream).load()
+    state: Any = getattr(matrix, "state", None)
+    found = type(matrix).__name__
+    need(type(state) is _Fields, f"expected a scipy sparse matrix [U, I], found {found}")
+    if "coords" in state:  # since scipy 1.13
+        state["row"], state["col"] = state["coords"]
+    for name in {"row", "col", "indptr", "indices", "data"} & set(state):
+        state[name] = _array(state[name])
+    return found.removesuffix("_matrix"), state
+
+
+def _spread(ends: np.ndarray, count: int, stored: int) -> np.ndarray:
+    """The index pointer [count + 1] of csr or csc -> the row or column of each entry."""
+    ascends = ends[0] == 0 and np.array_equal(ends, np.sort(ends).clip(0, stored))
     need(
-        sparse.issparse(matrix) and matrix.ndim == 2,
-        f"expected a scipy sparse matrix [U, I], found {type(matrix).__name__}",
+        ascends and ends.shape == (count + 1,),
+        f"expected an index pointer of {count + 1} numbers ascending from 0 to {stored}, "
+        f"found {ends.size} to {ends[-1]}",
     )
-    if matrix.format in ("csr", "csc"):
-        matrix.check_format(full_check=True)  # a corrupt index pointer would crash tocoo
-    coo = matrix.tocoo()
-    kept = coo.data != 0
-    cells = coo.row[kept].astype(np.int64), coo.col[kept].astype(np.int64)
-    return cells, coo.shape
+    return np.repeat(np.arange(count), np.diff(ends))
 
 
 def _read_json(file: Path) -> Cells:
@@ -444,27 +546,32 @@ def _read_inter(file: Path, label: int) -> Cells:
         once = {header.count(name) for name in wanted} == {1}
         need(once, f"expected columns {wanted}, found {header}")
         columns = [header.index(name) for name in wanted]
-        table = np.loadtxt(
-            stream, np.int64, delimiter="\t", ndmin=2, comments=None, usecols=columns
-        )
+        with warnings.catch_warnings(action="ignore"):  # of no rows
+            table = np.loadtxt(
+                stream, np.int64, delimiter="\t", ndmin=2, comments=None, usecols=columns
+            )
     need(np.isin(table[:, 2], (0, 1, 2)).all(), "expected x_label 0, 1 or 2, found others")
     users, items = table[table[:, 2] == label, :2].T
     return users, items
 
 
 def _matrices(files: dict, found: dict, n_items: int) -> Splits:
-    """0/1 matrices of one shape: as stored, else largest user id + 1 by feature rows."""
+    """0/1 matrices of one shape: as stored, else largest user id + 1 by feature rows.
+
+    They allocate by that shape, so it is checked first.
+    """
     shapes = {split: shape for split, (_, shape) in found.items() if shape}
     need(
         len(set(shapes.values())) <= 1,
         f"{files['train'].parent}: expected splits of one shape, found {shapes}",
     )
     n_users = 1 + max(int(users.max(initial=-1)) for (users, _), _ in found.values())
-    need(
-        n_users < 10**8,
-        f"{files['train']}: expected user ids below {10**8}, found {n_users - 1}",
-    )
     shape = next(iter(shapes.values()), (n_users, n_items))
+    need(
+        0 <= shape[0] <= MOST_USERS and shape[1] == n_items,
+        f"{files['train']}: expected at most {MOST_USERS} users and {n_items} items, "
+        f"as many as feature rows, found {shape}",
+    )
     return {
         split: _matrix(files[split], split, cells, shape)
         for split, (cells, _) in found.items()
@@ -528,10 +635,11 @@ def _check_features(file: str, x: np.ndarray, n_items: int) -> list[str]:
         x.ndim == 2 and len(x) == n_items,
         f"{file}: expected {n_items} rows, one an item, found shape {x.shape}",
     )
-    broken = len(x) - np.isfinite(x).all(1).sum()
+    broken = len(x) - (np.abs(x) <= LARGEST).all(1).sum()
     need(
         not broken,
-        f"{file}: expected finite float32, found NaN or infinity in {broken} rows",
+        f"{file}: expected finite numbers to {LARGEST}, "
+        f"found larger ones, NaN or infinity in {broken} rows",
     )
     return [] if x.any() else [f"{file} is zero throughout"]
 
@@ -567,10 +675,18 @@ def describe(dataset: Dataset) -> dict[str, str | int]:
     return figures
 
 
+def _once(pairs: list) -> dict:
+    """A JSON object that has no key twice: of two lists the first would be lost."""
+    found = dict(pairs)
+    need(len(found) == len(pairs), "expected each key once, found one more than once")
+    return found
+
+
 def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that has these keys, or DataError."""
     with reading(path):
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_once)
         holds = isinstance(content, dict) and set(keys) <= set(content)
         need(holds, f"expected an object {keys}")
         return content
@@ -624,7 +740,9 @@ def save(dataset: Dataset, path: str | Path, ids: dict | None = None) -> None:
         for split in SPLITS:
             sparse.save_npz(draft / f"{split}.npz", getattr(dataset, split))
         for m, x in dataset.features.items():
-            np.save(draft / f"{m}_feat.npy", x)
+            with open(draft / f"{m}_feat.npy", "wb") as stream:
+                # Given a real file, numpy overlooks that the disk is full.
+                np.save(types.SimpleNamespace(write=stream.write), x)
         if ids:
             write(draft / "ids.json", json.dumps(ids))
         draft.replace(folder)
@@ -676,7 +794,13 @@ def _read_log(log: Path) -> list[tuple[str, str]]:
         once = kinds.count("user") == kinds.count("item") == 1
         need(once, f"expected columns user (or user_id) and item, found {header}")
         user, item = kinds.index("user"), kinds.index("item")
-        return [(row[user].strip(), row[item].strip()) for row in rows if row]
+        pairs = []
+        for row in filter(None, rows):  # without empty lines
+            whole = len(row) == len(header) and row[user].strip() and row[item].strip()
+            line = f"line {rows.line_num}: expected {len(header)} cells"
+            need(whole, f"{line}, with a user and an item, found {row}")
+            pairs.append((row[user].strip(), row[item].strip()))
+        return pairs
 
 
 def _item_names(file: Path, n_items: int) -> list[str]:
@@ -741,6 +865,15 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, default=argparse.SUPPRESS, help=" ".join(words), **how)
 
 
+def flush() -> None:
+    """Write out what was printed, or OSError: a full disk found at exit has no line."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # Python tries the old one again at exit
+        raise
+
+
 def main(argv: list[str] | None = None) -> int:
     """`describe` and `convert`; returns the exit status, 2 for what cannot be used."""
     try:
@@ -750,6 +883,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name:30} {value}")
         else:
             _convert(args)
+        flush()
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -768,22 +902,26 @@ def _parser() -> Parser:
     )
     convert.add_argument("--features", nargs="+", default=[], metavar="MODALITY=FILE.npy")
     convert.add_argument("--items", type=Path, help="item ids, in the feature rows' order")
-    convert.add_argument(
-        "--seed", type=int, default=0, help="of the 8:1:1 split (default 0)"
-    )
+    convert.add_argument("--seed", type=int, help="of the 8:1:1 split (default 0)")
     return parser
 
 
 def _convert(args: argparse.Namespace) -> None:
     *source, out = args.paths
-    wanted = 0 if args.interactions else 1
-    need(len(source) == wanted, "expected SRC OUT, or OUT with --interactions")
+    own = {args.interactions, args.items, args.seed, *args.features} != {None}
+    need(
+        len(source) == 0 and args.interactions if own else len(source) == 1,
+        "expected SRC OUT, or OUT with --interactions, --features, --items, --seed",
+    )
     if args.interactions:
         pairs = [pair.partition("=") for pair in args.features]
-        files = {m: Path(file) for m, _, file in pairs}
-        named = all(m.isidentifier() for m in files)
-        need(named, "--features: expected MODALITY=FILE.npy ...")
-        dataset, ids = from_log(args.interactions, files, args.items, args.seed)
+        files = {m: Path(file) for m, _, file in pairs if m.isidentifier() and file}
+        need(
+            len(files) == len(pairs),
+            "--features: expected MODALITY=FILE.npy, a modality once, "
+            f"found {' '.join(args.features)}",
+        )
+        dataset, ids = from_log(args.interactions, files, args.items, args.seed or 0)
         for warning in validate(dataset, str(args.interactions)):
             _warn(warning)
         save(dataset, out, ids)

@@ -259,7 +259,7 @@ NATIVE_REFUSALS = {
     "NaN and inf": (nan_features, r"text_feat\.npy: expected finite .* in 2 rows"),
     "beyond float32": (break_features(np.full((40, 2), 1e300)), r"infinity in 40 rows"),
     "corrupt npz": (break_bytes("train.npz"), r"train\.npz: cannot be read"),
-    "corrupt index pointer": (broken_pointer, r"train\.npz: cannot be read"),
+    "corrupt index pointer": (broken_pointer, r"train\.npz: expected an index pointer"),
     "corrupt npy": (break_bytes("visual_feat.npy"), r"visual_feat\.npy: cannot be read"),
 }
 
@@ -328,7 +328,7 @@ FOREIGN_REFUSALS = {
         write_inter,
         "shop.inter",
         lambda t: t + "5.0\t9000000000\t1\t0\n",
-        r"expected user ids below 100000000, found 9000000000",
+        r"expected at most 100000000 users and 40 items, .* found \(9000000001, 40\)",
     ),
     "json text ids": (
         write_json,
