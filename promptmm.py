@@ -68,7 +68,6 @@ from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
 EMBED_SAMPLE = 512  # items at a step that Eq. 11 is averaged over
-WHILE_TRAINING = 0.3  # each modality's weight beside LightGCN until the line search
 Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
 Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
@@ -294,7 +293,7 @@ class Teacher(nn.Module):
         user, item = lightgcn or (torch.zeros(n, config.dim) for n in (n_users, n_items))
         self.register_buffer("user", user)
         self.register_buffer("item", item)
-        self.register_buffer("weights", torch.full((len(eta),), WHILE_TRAINING))
+        self.register_buffer("weights", torch.ones(len(eta)))
         self.to(device)
         with torch.no_grad():
             content = {m: layer.xw * self.filled[m] for m, layer in self.fixed().items()}
@@ -317,6 +316,13 @@ class Teacher(nn.Module):
         """w_m by modality."""
         weights = [round(weight, 4) for weight in self.weights.tolist()]
         return dict(zip(self.features, weights, strict=True))
+
+    @torch.no_grad()
+    def weigh(self, train: sparse.csr_matrix, val: sparse.csr_matrix) -> None:
+        """Find w_m of every modality beside LightGCN, by a line search on validation."""
+        modal = [self.propagate(f) for f in self.reduced().values()]
+        found = line_search([(self.user, self.item), *modal], train, val)
+        self.weights.copy_(torch.tensor(found))
 
     def fixed(self) -> dict[str, Fixed]:
         """Everything up to the prompt, for each modality."""
@@ -609,7 +615,6 @@ def fit(
     rank: Callable[[], Pair],
     each_epoch: Callable[[], None] | None = None,
     extend: Callable[[Tensor, Tensor], Tensor] | None = None,
-    finish: Callable[[], None] | None = None,
 ) -> None:
     """Train until validation Recall@20 stops improving; leave the selected epoch's weights.
 
@@ -617,7 +622,7 @@ def fit(
     rank() -> (user [U, d], item [I, d]), judged on validation; the test split is never
     touched. The teacher is judged before training too. each_epoch(): what is drawn or
     rebuilt anew each epoch. extend(users [B], lists [B, width]) -> lists with more columns,
-    such as a teacher's own top items. finish(): what follows the selected epoch.
+    such as a teacher's own top items.
     """
     config, state = run.config, run.state
     sampler = Sampler(run.dataset.train, run.device)
@@ -644,8 +649,6 @@ def fit(
         state |= {"learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
         write(run.folder / "state.pt", partial(torch.save, state))
     learner.load_state_dict(state["best"])
-    if finish:
-        finish()
     write(run.folder / f"{stage}.pt", partial(torch.save, learner.state_dict()))
 
 
@@ -786,7 +789,7 @@ class Distillation:
 def train_teacher(
     run: Run, lightgcn: Pair | None = None, kind: type[Teacher] = Teacher
 ) -> Teacher:
-    """Stage 1: content and prompt, then each modality's weight beside a trained LightGCN.
+    """Stage 1: content, prompt, and each modality's weight beside a trained LightGCN.
 
     Returns the selected checkpoint, frozen, in eval mode.
     """
@@ -799,18 +802,12 @@ def train_teacher(
         ]
         terms = partial(teacher_terms, teacher)
 
-        def weigh() -> None:
-            teacher.eval()
-            encoded = _encode(teacher)
-            modal = zip(
-                encoded.user_modal.values(), encoded.item_modal.values(), strict=True
-            )
-            pairs = [(teacher.user, teacher.item), *modal]
-            weights = line_search(pairs, run.dataset.train, run.dataset.val)
-            teacher.weights.copy_(torch.tensor(weights))
+        def rank() -> Pair:
+            """As well as it can with this epoch's W^m: the weights are found each time."""
+            teacher.weigh(run.dataset.train, run.dataset.val)
+            return teacher()[:2]
 
-        rank = lambda: teacher()[:2]  # noqa: E731
-        fit(run, "teacher", teacher, groups, 2, terms, rank, finish=weigh)
+        fit(run, "teacher", teacher, groups, 2, terms, rank)
     return teacher.eval().requires_grad_(False)
 
 

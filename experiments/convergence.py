@@ -6,7 +6,6 @@ import numpy as np
 
 from experiments.lab import Job, Lab, learn_all, log_of, seeded, settings
 from experiments.publish import Output, markdown, protocol
-from promptmm import WHILE_TRAINING
 
 MODELS_SHOWN = ("LightGCN", "Teacher", "PromptMM")
 CURVES = ("epoch", "recall@20", "ndcg@20", "loss")
@@ -30,8 +29,8 @@ def figure5(lab: Lab, seeds: int) -> Output:
         "seconds": "s of training",
     }
     note = (
-        f"{protocol(jobs['PromptMM'].config, seeds)}; the teacher's is while each modality "
-        f"weighs {WHILE_TRAINING}, epoch 0 before training and not in the plot"
+        f"{protocol(jobs['PromptMM'].config, seeds)}; the teacher's is under the weights "
+        "found at that epoch, and its epoch 0, before training, is not in the plot"
     )
     title = f"Figure 5. Convergence on {lab.dataset.name}, validation split"
     return Output(title, rows, markdown(rows, columns), note, partial(plot_curves, logs))

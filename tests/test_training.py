@@ -416,7 +416,7 @@ def test_a_teacher_that_knows_no_more_leaves_the_student_lightgcn(run, monkeypat
 
 
 def test_weights_come_from_validation_alone(run, tiny, monkeypatch):
-    """The line search is given the training and the validation split, and ids first."""
+    """Found at each look, from the training and the validation split, ids first."""
     asked = []
 
     def spy(pairs, train, val):
@@ -425,9 +425,24 @@ def test_weights_come_from_validation_alone(run, tiny, monkeypatch):
 
     monkeypatch.setattr(promptmm, "line_search", spy)
     pipeline(run)
-    [(count, train, val)] = asked
-    assert count == 1 + len(tiny.features)
-    assert train is run.dataset.train and val is run.dataset.val
+    assert len(asked) == sum(row["stage"] == "teacher" for row in log(run))
+    for count, train, val in asked:
+        assert count == 1 + len(tiny.features)
+        assert train is run.dataset.train and val is run.dataset.val
+
+
+def test_weights_belong_to_the_selected_epoch(run, tiny, monkeypatch):
+    """The teacher is judged under the weights of its epoch, and keeps the best epoch's."""
+    found = iter([[0.1, 0.1], [0.5, 0.25], [0.2, 0.2], [0.7, 0.7]])
+    recalls = iter([0.1, 0.4, 0.3, 0.2])
+    ids = tuple(torch.randn(n, 8) for n in tiny.train.shape)
+    monkeypatch.setattr(promptmm, "line_search", lambda *_: next(found))
+    monkeypatch.setattr(
+        promptmm, "evaluate", lambda *_, **__: {"recall@20": next(recalls), "ndcg@20": 0.0}
+    )
+    short = dataclasses.replace(run.config, epochs=3, eval_every=1, patience_teacher=9)
+    teacher = train_teacher(dataclasses.replace(run, config=short), ids)
+    assert teacher.weights.tolist() == [0.5, 0.25]
 
 
 def test_the_teacher_is_judged_before_it_is_trained(run):
