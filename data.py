@@ -13,16 +13,20 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import operator
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import traceback
 import types
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -682,26 +686,35 @@ def _once(pairs: list) -> dict:
     return found
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has these keys, or DataError."""
+def read_json(path: Path, *keys: str, sealed: bool = False) -> dict:
+    """A JSON object that has these keys, or DataError. sealed: as `write` wrote it."""
     with reading(path):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_once)
+        text = unseal(path) if sealed else Path(path).read_bytes()
+        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
         holds = isinstance(content, dict) and set(keys) <= set(content)
         need(holds, f"expected an object {keys}")
+        if sealed:
+            del content["digest"]
         return content
 
 
 def read_torch(path: Path, device: torch.device) -> dict:
-    """What torch.save wrote, tensors and plain values only, or DataError."""
+    """What torch.save wrote, sealed; tensors and plain values only, or DataError."""
     with reading(path):
-        return torch.load(path, device, weights_only=True)
+        return torch.load(io.BytesIO(unseal(path)), device, weights_only=True)
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """Equal for equal data, whatever the folder."""
-    cells = [np.array(getattr(dataset, split).nonzero()) for split in SPLITS]
-    features = sorted(dataset.features.items())
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What np.savez wrote, sealed, or DataError."""
+    with reading(path), np.load(io.BytesIO(unseal(path))) as stored:
+        return dict(stored)
+
+
+def fingerprint(dataset: Dataset, whole: bool = True) -> str:
+    """Equal for equal data, whatever the folder; else for equal training interactions."""
+    splits = SPLITS if whole else SPLITS[:1]
+    cells = [np.array(getattr(dataset, split).nonzero()) for split in splits]
+    features = sorted(dataset.features.items()) if whole else []
     content = pickle.dumps((dataset.train.shape, cells, features))
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -709,18 +722,51 @@ def fingerprint(dataset: Dataset) -> str:
 # ------------------------------------------------------------ writing and converting
 
 
-def write(path: Path, content) -> None:
-    """A file, whole or not at all; content: text, or a function of the open stream."""
+def write(path: Path, content: str | bytes | dict | Callable) -> None:
+    """A file, whole or not at all. content: text, bytes, or what `seal` takes."""
+    if isinstance(content, str):
+        content = content.encode()
+    whole = content if isinstance(content, bytes) else seal(content)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes, two drafts
     try:
-        with open(draft, "wb") as stream:
-            if isinstance(content, str):
-                stream.write(content.encode())
-            else:
-                content(stream)
+        draft.write_bytes(whole)
         draft.replace(path)
+    except OSError as error:  # a full disk does not say which file it was
+        error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def seal(content: dict | Callable) -> memoryview:
+    """JSON of an object, or the zip that a function writes to a stream, with its digest.
+
+    The digest is JSON's last value or the zip's comment, where no other reader minds it.
+    """
+    stream, end = io.BytesIO(), b"\n\n"
+    if isinstance(content, dict):
+        text = json.dumps(content, indent=1, allow_nan=False)
+        stream.write(f'{text[:-2]},\n "digest": "'.encode())
+        end = b'"}'
+    else:
+        content(stream)
+        stream.seek(-2, io.SEEK_END)
+        stream.write(b"\x0a\0")  # a zip ends with its comment's length: digest and end
+    stream.write(digest(stream.getbuffer()).encode() + end)
+    return stream.getbuffer()
+
+
+def unseal(path: Path) -> bytes:
+    """A file as `seal` made it, or DataError if a byte is another."""
+    whole = Path(path).read_bytes()
+    same = digest(memoryview(whole)[:-10]).encode() == whole[-10:-2]
+    need(same, "cannot be read: damaged, or of an earlier version: its digest is not there")
+    return whole
+
+
+def digest(content) -> str:
+    """Of bytes, against damage: a CRC costs an epoch a millisecond."""
+    return f"{zlib.crc32(content):08x}"
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -744,10 +790,24 @@ def save(dataset: Dataset, path: str | Path, ids: dict | None = None) -> None:
                 # Given a real file, numpy overlooks that the disk is full.
                 np.save(types.SimpleNamespace(write=stream.write), x)
         if ids:
+            ids = ids | {"fingerprint": fingerprint(dataset, whole=False)}
             write(draft / "ids.json", json.dumps(ids))
         draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def own_ids(file: Path, dataset: str, **counts: int) -> dict[str, list[str]]:
+    """Users' and items' ids from ids.json, of the data of this fingerprint alone."""
+    ids = read_json(file, "fingerprint", *counts)
+    same = ids["fingerprint"] == dataset
+    need(same, f"{file}: expected the ids of the run's data, found those of others")
+    for kind, count in counts.items():
+        names = ids[kind]
+        strings = isinstance(names, list) and {type(name) for name in names} <= {str}
+        expected = f"{file}: expected {kind} as a list of {count} strings"
+        need(strings and len(names) == count, f"{expected}, found others")
+    return ids
 
 
 def from_log(
@@ -830,10 +890,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_settings(config) -> None:
-    """Refuse a value outside the choices or bounds of its field (see promptmm.setting)."""
+    """Refuse a value outside the type, choices or bounds of a field (promptmm.setting)."""
     for one in fields(config):
         value, allowed = getattr(config, one.name), one.metadata
-        if isinstance(value, str):
+        kind: Any = one.type
+        kind = kind | int if isinstance(one.default, float) else kind
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            holds = False
+            expected = f"a value such as {one.default!r}"
+        elif isinstance(value, str):
             holds = value in allowed["choices"]
             expected = " or ".join(allowed["choices"])
         else:
@@ -844,6 +909,10 @@ def check_settings(config) -> None:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, raised rather than printed."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.add_argument("--traceback", action="store_true", help="where an error arose")
 
     def error(self, message: str):
         raise DataError(f"{self.prog}: {message}; see --help")
@@ -865,29 +934,80 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, default=argparse.SUPPRESS, help=" ".join(words), **how)
 
 
-def flush() -> None:
-    """Write out what was printed, or OSError: a full disk found at exit has no line."""
+def guarded(command: Callable[[list[str]], None], argv: list[str] | None, hint: str) -> int:
+    """Run a command; whatever ends it early is one line. Returns the exit status.
+
+    hint: what an interrupted command leaves. `--traceback` shows where an error arose.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that it lacks is spelt out
+            stream.reconfigure(errors="backslashreplace")
+    former = signal.signal(signal.SIGTERM, _terminated)
+    status, line = 0, ""
     try:
-        sys.stdout.flush()
+        _check_words(words)
+        try:
+            command(words)
+        finally:
+            print(end="", flush=True)  # at exit, a full disk would be Python's to report
+    except (Exception, KeyboardInterrupt) as error:
+        if "--traceback" in words:
+            traceback.print_exc()
+        status, line = _outcome(error, hint)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    _say("", sys.stdout, 1)
+    _say(line, sys.stderr, 2)
+    return status
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse an empty argument: a variable of the shell that is not set."""
+    for before, word in zip(["the command", *words], words, strict=False):
+        empty = re.fullmatch(r"(--[\w-]+=)?", word)
+        need(not empty, f"expected a value after {word or before}, found none")
+
+
+def _terminated(number: int, _) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _outcome(error: BaseException, hint: str) -> tuple[int, str]:
+    """The exit status that an error means, and its line."""
+    text = " ".join(str(error).splitlines())
+    if isinstance(error, BrokenPipeError):  # as of `| head`: who read it has left
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args or (signal.SIGINT,))[0], f"interrupted; {hint}\n"
+    if isinstance(error, (DataError, OSError, FloatingPointError)):
+        return 1 if isinstance(error, FloatingPointError) else 2, f"error: {text}\n"
+    if isinstance(error, MemoryError) or "allocate" in text:
+        return 2, f"error: expected more memory, or a smaller model: {text}\n"
+    kind = type(error).__name__
+    return 1, f"error: unexpected: {kind}: {text}; --traceback shows where\n"
+
+
+def _say(text: str, stream, number: int) -> None:
+    """Print; a stream that takes no more is given up, or Python would report it at exit."""
+    try:
+        print(end=text, file=stream, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # Python tries the old one again at exit
-        raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """`describe` and `convert`; returns the exit status, 2 for what cannot be used."""
-    try:
-        args = _parser().parse_args(argv)
-        if args.command == "describe":
-            for name, value in describe(load(args.folder, check=False)).items():
-                print(f"{name:30} {value}")
-        else:
-            _convert(args)
-        flush()
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(_command, argv, "nothing was written")
+
+
+def _command(argv: list[str]) -> None:
+    args = _parser().parse_args(argv)
+    if args.command == "describe":
+        for name, value in describe(load(args.folder, check=False)).items():
+            print(f"{name:30} {value}")
+    else:
+        _convert(args)
 
 
 def _parser() -> Parser:

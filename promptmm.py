@@ -36,7 +36,6 @@ code).
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -53,7 +52,7 @@ from scipy import __version__ as scipy_version, sparse
 from torch import Tensor, nn
 
 import data
-from data import DataError, Dataset, Parser, Sampler, need, write
+from data import Dataset, Parser, Sampler, need, write
 from evaluate import (
     best_unobserved,
     evaluate,
@@ -75,7 +74,7 @@ Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K
 # ------------------------------------------------------------ settings
 
 
-def setting(default, meaning: str, choices=(), low=0, high=np.inf, *, of: str) -> Any:
+def setting(default, meaning: str, choices=(), low=0, high=2**31, *, of: str) -> Any:
     """A field of Config: what it means, what it may be, and whose it is.
 
     of: both stages, teacher (stage 1), student, distillation (stage 2) or run (no model).
@@ -138,7 +137,7 @@ class Config:
         20, "validations without a better one that end training (ours)", low=1
     )
     patience_teacher: int = of_teacher(3, "the teacher's (ours)", low=1)
-    seed: int = of_both(0, "of all that is random in training (ours)", high=2**31)
+    seed: int = of_both(0, "of all that is random in training (ours)")
     mask: str = of_run("all", "unranked at test: train + val, or train", ("all", "train"))
 
     def __post_init__(self):
@@ -628,7 +627,7 @@ def fit(
     sampler = Sampler(run.dataset.train, run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # errata P8
     batch, patience = _pace(config, stage, len(sampler.user))
-    _begin(state, stage, learner, optimiser)
+    _begin(run, stage, learner, optimiser)
     if stage == "teacher" and state["epoch"] == 0:
         _validate(run, learner, {}, rank)
 
@@ -663,11 +662,13 @@ def _pace(config: Config, stage: str, edges: int) -> tuple[int, int]:
     return config.batch or max(256, -(-edges // 40)), config.patience
 
 
-def _begin(state: dict, stage: str, learner: nn.Module, optimiser) -> None:
+def _begin(run: Run, stage: str, learner: nn.Module, optimiser) -> None:
     """Go on with an interrupted stage, or start a new one."""
+    state = run.state
     if state.get("stage") == stage:
-        learner.load_state_dict(state["learner"])
-        optimiser.load_state_dict(state["optimiser"])
+        with data.reading(run.folder / "state.pt"):
+            learner.load_state_dict(state["learner"])
+            optimiser.load_state_dict(state["optimiser"])
     else:
         state |= {"stage": stage, "epoch": 0, "recall": -1.0, "stale": 0, "seconds": 0.0}
 
@@ -689,7 +690,9 @@ def load_finished(run: Run, stage: str, learner: nn.Module) -> bool:
     file = run.folder / f"{stage}.pt"
     if not file.exists():
         return False
-    learner.load_state_dict(data.read_torch(file, run.device))
+    weights = data.read_torch(file, run.device)
+    with data.reading(file):
+        learner.load_state_dict(weights)
     return True
 
 
@@ -893,7 +896,7 @@ def pipeline(run: Run) -> dict:
         "numpy": np.__version__,
         "scipy": scipy_version,
     }
-    write(run.folder / "metrics.json", json.dumps(metrics, indent=1))
+    write(run.folder / "metrics.json", metrics)
     for name in WORKING_FILES:
         (run.folder / name).unlink(missing_ok=True)
     return metrics
@@ -918,6 +921,7 @@ def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
         "item": item.cpu().numpy(),
         "seen_indptr": train.indptr,
         "seen_indices": train.indices,
+        "fingerprint": np.array(data.fingerprint(run.dataset, whole=False)),
     }
     write(run.folder / "student.npz", lambda stream: np.savez(stream, **arrays))
 
@@ -968,7 +972,7 @@ LIGHTGCN: dict[str, dict] = {
     "citeulike": {"batch": 2048, "eval_every": 4, "patience": 10},
 }
 NO_TEACHER = {"lambda_pair": 0.0, "lambda_list": 0.0, "lambda_embed": 0.0}  # LightGCN
-RUN_FILES = "config.json log.csv teacher.pt prompt.pt student.npz metrics.json".split()
+RUN_FILES = "metrics.json student.npz prompt.pt teacher.pt log.csv".split()
 WORKING_FILES = "state.pt alone.pt student.pt".split()  # only while a run lasts
 
 
@@ -1001,11 +1005,9 @@ def _parser() -> Parser:
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
     folder = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}")
-    need(
-        args.resume or args.force or not folder.exists(),
-        f"{folder}: exists; expected a new folder, --resume or --force",
-    )
-    stored = data.read_json(folder / "config.json", *vars(Config())) if args.resume else {}
+    _check_flags(args)
+    _check_folder(folder, args)
+    stored = _stored(folder) if args.resume else {}
     source = args.data or stored.get("data")
     device = data.pick_device(args.device)
     config = _chosen(LIGHTGCN if args.student_only else PRESETS, args, stored, source)
@@ -1026,6 +1028,31 @@ def _start(args: argparse.Namespace) -> Run:
     file = folder / "state.pt"
     state = data.read_torch(file, device) if file.exists() else {}
     return Run(folder, dataset, config, device, state, beside)
+
+
+def _stored(folder: Path) -> dict:
+    return data.read_json(folder / "config.json", *vars(Config()), sealed=True)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse two flags of which one would silently win."""
+    need(not (args.resume and args.force), "expected --resume or --force, found both")
+    taught = [name for name in vars(args) if name.startswith(("lambda_", "warm_start"))]
+    found = f"--student-only: expected no setting of a teacher, found {', '.join(taught)}"
+    need(not (args.student_only and taught), found)
+
+
+def _check_folder(folder: Path, args: argparse.Namespace) -> None:
+    """Refuse a folder that holds anything, but the run to resume or replace."""
+    others = any(one.suffix != ".tmp" for one in folder.glob("*"))  # no killed run's drafts
+    if not args.resume and (others or folder.is_file()):
+        expected = f"{folder}: exists; expected a new folder, --resume or --force"
+        need(args.force, expected)
+        file = folder / "config.json"
+        ours = file.exists() and b'"fingerprint"' in file.read_bytes()
+        need(ours, f"{folder}: expected a run to replace, found no config.json of one")
+    other = not args.data or folder.resolve() != Path(args.data).resolve()
+    need(other, f"{folder}: the dataset's own folder; expected another for the run")
 
 
 def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Config:
@@ -1051,60 +1078,58 @@ def _same_run(folder: Path, facts: dict, stored: dict) -> None:
 
 
 def _prepare(folder: Path, facts: dict, keep: bool) -> None:
+    """Begin or reopen a run; what it replaces stays until there is room for a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    stale = [folder / name for name in RUN_FILES + WORKING_FILES]
-    for file in [*folder.glob("*.tmp"), *([] if keep else stale)]:  # a killed run's drafts
-        file.unlink(missing_ok=True)
-    write(folder / "config.json", json.dumps(facts, indent=1))
+    for file in folder.glob("*.tmp"):  # a killed run's drafts
+        file.unlink()
+    draft = folder / "config.tmp"
+    write(draft, facts)
+    finished = WORKING_FILES if (folder / "metrics.json").exists() else []
+    for name in finished if keep else RUN_FILES + WORKING_FILES:
+        (folder / name).unlink(missing_ok=True)
+    draft.replace(folder / "config.json")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, distil, evaluate; or recommend. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["recommend"]:
-            return _recommend(argv[1:])
-        run = _start(_parser().parse_args(argv))
-        torch.use_deterministic_algorithms(run.device.type == "cpu")
-        # Deterministic mode would fill each `empty` first.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
-        done = run.folder / "metrics.json"
-        if not done.exists():
-            pipeline(run)
-        metrics = data.read_json(done, "test", "parameters", "exclude")
-        print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
-    except (DataError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on after the last whole epoch", file=sys.stderr)
-        return 130
-    return 0
+    return data.guarded(_command, argv, "--resume goes on after the last whole epoch")
 
 
-def _recommend(argv: list[str]) -> int:
+def _command(argv: list[str]) -> None:
+    if argv[:1] == ["recommend"]:
+        return _recommend(argv[1:])
+    run = _start(_parser().parse_args(argv))
+    torch.use_deterministic_algorithms(run.device.type == "cpu")
+    # Deterministic mode would fill each `empty` first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+    done = run.folder / "metrics.json"
+    if not done.exists():
+        pipeline(run)
+    metrics = data.read_json(done, "test", "parameters", "exclude", sealed=True)
+    print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
+
+
+def _recommend(argv: list[str]) -> None:
     parser = Parser(prog="promptmm.py recommend", description="A list, from student.npz.")
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--user", required=True, help="user index; with --ids, your own id")
     parser.add_argument("--k", type=int, default=10, help="the list's length (default: 10)")
     parser.add_argument("--ids", type=Path, help="ids.json of `data.py convert`: your ids")
     args = parser.parse_args(argv)
-    file = args.run / "student.npz"
-    with data.reading(file), np.load(file) as saved:
-        user, item = saved["user"], saved["item"]  # [U, d], [I, d]
-        start, seen = saved["seen_indptr"], saved["seen_indices"]
-    users, items = [str(u) for u in range(len(user))], range(len(item))
+    saved = data.read_arrays(args.run / "student.npz")
+    user, item = saved["user"], saved["item"]  # [U, d], [I, d]
+    start, seen = saved["seen_indptr"], saved["seen_indices"]
+    users, items = ([str(i) for i in range(len(side))] for side in (user, item))
     if args.ids:
-        ids = data.read_json(args.ids, "users", "items")
+        run = str(saved["fingerprint"])
+        ids = data.own_ids(args.ids, run, users=len(user), items=len(item))
         users, items = ids["users"], ids["items"]
-    need(len(items) == len(item), f"--ids: expected {len(item)} items, as in {file}")
     expected = f"expected --user {users[0]} … {users[-1]} and --k 1 or more"
     known = args.user in users and args.k > 0
     need(known, f"{expected}, found {args.user} and {args.k}")
     u = users.index(args.user)
     for i, score in recommend(user[u], item, seen[start[u] : start[u + 1]], args.k):
         print(f"{items[i]}\t{score:.4f}")
-    return 0
 
 
 # ------------------------------------------------------------ faster products

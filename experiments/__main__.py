@@ -12,6 +12,7 @@ tables share it and an interrupted command goes on where it stopped. After a cha
 core's code it is trained anew; `--keep` takes what older code has trained.
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -36,7 +37,7 @@ from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
-from experiments.lab import Lab, bare, code_digest, digest, settings, sources
+from experiments.lab import Lab, bare, code_digest, digest, locked, settings, sources
 from experiments.printed import counts, figure2, table8, table9
 from experiments.prompt import prompt
 from experiments.publish import Output, fill_pages, publish
@@ -82,12 +83,32 @@ TUNE = Part("tune", tune, 0, "any")
 def perform(lab: Lab, part: Part, force: bool, **more) -> None:
     """Run one part and publish it; a part that was finished here is left as it is."""
     lab = replace(lab, used=set())
-    stamp = lab.cache / f"{part.name}-{state_of(lab, part, more)}.done"
-    if stamp.exists() and Path(stamp.read_text()).exists() and not force:
-        print(
-            f"{part.name}: finished before, {stamp.read_text()}; --force publishes it again"
-        )
-        return
+    folder = lab.cache / "parts" / part.name
+    stamp = folder / f"{state_of(lab, part, more)}.done"
+    with locked(folder):
+        if (where := finished(stamp)) and not force:
+            print(f"{part.name}: finished before, {where}; --force publishes it again")
+        else:
+            where = publish_part(lab, part, more)
+            write(stamp, {"where": str(where), "result": result_digest(where)})
+
+
+def finished(stamp: Path) -> Path | None:
+    """Where a part's result lies, if it is whole and what the stamp was made for."""
+    with contextlib.suppress(DataError, OSError):
+        found = data.read_json(stamp, "where", "result", sealed=True)
+        where = Path(found["where"])
+        return where if found["result"] == result_digest(where) else None
+    return None
+
+
+def result_digest(where: Path) -> str:
+    """Of <part>.md and <part>.json."""
+    return data.digest(where.read_bytes() + where.with_suffix(".json").read_bytes())
+
+
+def publish_part(lab: Lab, part: Part, more: dict) -> Path:
+    """Run one part and write down what it found."""
     seeds = lab.count(part.seeds) if part.seeds else 1
     began = time.perf_counter()
     output = run_part(lab, part, seeds, more)
@@ -96,9 +117,7 @@ def perform(lab: Lab, part: Part, force: bool, **more) -> None:
     if lab.seeds and part.seeds:
         flags.append(f"--seeds {lab.seeds}")
     folder = lab.out / ("paper" if part.where == "paper" else lab.dataset.name)
-    where = publish(lab, folder, part.name, output, seconds, seeds, flags)
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    write(stamp, str(where))
+    return publish(lab, folder, part.name, output, seconds, seeds, flags)
 
 
 def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
@@ -123,22 +142,17 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is asked for; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["bench"]:
-            return bench.main(argv[1:])
-        args = parse(argv)
-        if args.part == "readme":
-            fill_pages()
-        else:
-            run(args)
-    except (DataError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command without --force goes on", file=sys.stderr)
-        return 130
-    return 0
+    return data.guarded(command, argv, "the same command without --force goes on")
+
+
+def command(argv: list[str]) -> None:
+    if argv[:1] == ["bench"]:
+        return bench.command(argv[1:])
+    args = parse(argv)
+    if args.part == "readme":
+        fill_pages()
+    else:
+        run(args)
 
 
 def parse(argv: list[str]) -> Namespace:

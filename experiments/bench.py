@@ -20,7 +20,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 import data
-from data import DataError, Dataset, Sampler
+from data import Dataset, Sampler, need
 from evaluate import CHUNK_SCORES, evaluate
 from experiments.cost import median, peak
 from experiments.lab import child, module
@@ -518,6 +518,10 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return data.guarded(command, argv, "begin again")
+
+
+def command(argv: list[str]) -> None:
     parser = data.Parser(prog="experiments bench", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", help="dataset folder (default: generated, CiteULike's size)"
@@ -529,20 +533,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, default=0, help=argparse.SUPPRESS)
     for size in GROWN:  # of one point of bench_growth
         parser.add_argument(f"--{size}", type=int, default=0, help=argparse.SUPPRESS)
-    try:
-        args = parser.parse_args(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        if args.scale:
-            print(json.dumps(scale_point(args.scale)))
-        elif args.width:
-            print(json.dumps(point(args)))
-        else:
-            bench(args)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    need(0 <= args.threads <= 1024, f"expected --threads 0 to 1024, found {args.threads}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.scale:
+        print(json.dumps(scale_point(args.scale)))
+    elif args.width:
+        print(json.dumps(point(args)))
+    else:
+        bench(args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def first_run(lab: Lab) -> Output:
     command += ["--data", lab.source] if lab.source else []
     command += ["--quick"] if lab.quick else []
     child(command)
-    metrics = data.read_json(folder / "metrics.json", "test", "seconds")
+    metrics = data.read_json(folder / "metrics.json", "test", "seconds", sealed=True)
     seconds = sum(metrics["seconds"].values())
     text = (
         f"{seconds:.1f} s of training ({metrics['device']}, {torch.get_num_threads()} "

@@ -93,7 +93,7 @@ def shares(row: dict, teacher: dict) -> dict:
 
 def measure(model: str, source: Path, run: Path, device: str) -> dict:
     """From files to embeddings, then three epochs: seconds, peak memory, sizes."""
-    stored = data.read_json(run / "config.json")
+    stored = data.read_json(run / "config.json", sealed=True)
     config = replace(Config(**stored), tune_prompt=model.endswith("tuned"))
     began = time.perf_counter()
     learner = load(model, source, run, config, device)

@@ -251,16 +251,21 @@ def learn(lab: Lab, model: str, config: Config, kind: type = Teacher) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the others wait. The system lets go when the process ends."""
+    """One process at a time; the others wait. The system lets go when the process ends.
+
+    Every file of the folder is written so: what drafts there are, a killed process left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        for draft in folder.glob("*.tmp"):
+            draft.unlink()
         yield
 
 
 def train(lab: Lab, folder: Path, job: Job) -> None:
     """Train a model in its folder, or go on where an interrupted process stopped."""
-    write(folder / "config.json", json.dumps(vars(job.config), indent=1))
+    write(folder / "config.json", vars(job.config))
     file = folder / "state.pt"
     state = data.read_torch(file, lab.device) if file.exists() else {}
     run = Run(folder, lab.dataset, job.config, lab.device, state)
@@ -269,9 +274,9 @@ def train(lab: Lab, folder: Path, job: Job) -> None:
     user, item = (e.detach().cpu().numpy() for e in pair)
     code = code_digest(sources(job.model, job.kind))
     facts = circumstances(folder) | {"code": code}
-    write(folder / "trained.json", json.dumps(facts, indent=1))
+    write(folder / "trained.json", facts)
+    file.unlink(missing_ok=True)  # before the embeddings, which end it
     write(folder / "embeddings.npz", lambda stream: np.savez(stream, user=user, item=item))
-    file.unlink(missing_ok=True)
 
 
 def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
@@ -297,7 +302,8 @@ def circumstances(folder: Path) -> dict:
     """When and with what a model was trained; seconds are those of training alone."""
     found = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     found |= VERSIONS | {"threads": torch.get_num_threads()}
-    return found | {"seconds": float(log_of(folder)["seconds"][-1])}
+    found["log"] = data.digest((folder / "log.csv").read_bytes())
+    return found | {"seconds": float(columns_of(folder)["seconds"][-1])}
 
 
 def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
@@ -357,6 +363,16 @@ def with_ids(lab: Lab, job: Job) -> Iterator[Job]:
 
 
 def log_of(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a trained model's log.csv, if it is as training left it."""
+    file = folder / "log.csv"
+    facts = data.read_json(folder / "trained.json", "log", sealed=True)
+    with data.reading(file):
+        same = data.digest(file.read_bytes()) == facts["log"]
+        need(same, "cannot be read: damaged, its digest is not that of trained.json")
+    return columns_of(folder)
+
+
+def columns_of(folder: Path) -> dict[str, np.ndarray]:
     """The columns of a log.csv, its stage aside."""
     lines = (folder / "log.csv").read_text().splitlines()
     header, *rows = (line.split(",") for line in lines)
@@ -378,8 +394,8 @@ def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> li
     if model == FUSED:
         pair, _ = late_fusion(lab.dataset, tuple(embeddings(lab, "LightGCN", config)))
         return list(pair)
-    with np.load(learn(lab, model, config, kind) / "embeddings.npz") as stored:
-        return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
+    stored = data.read_arrays(learn(lab, model, config, kind) / "embeddings.npz")
+    return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
 
 
 def untrained(lab: Lab, model: str) -> Pair:
@@ -403,10 +419,10 @@ def judge(
     else:
         file = learn(lab, model, config, kind) / f"{split}.npz"
     if file.exists():
-        with np.load(file) as stored:
-            return dict(stored)
+        return data.read_arrays(file)
     found = per_user(lab, Job(model, config, kind), split)
-    write(file, lambda stream: np.savez(stream, **found))
+    with locked(file.parent):
+        write(file, lambda stream: np.savez(stream, **found))
     return found
 
 
@@ -489,13 +505,13 @@ def significance(found: Values, reference: Values) -> dict:
     return row
 
 
-def gains(found: Values, reference: Values) -> dict[str, float]:
-    """How much higher, as a share of the reference's mean."""
+def gains(found: Values, reference: Values) -> dict[str, float | None]:
+    """How much higher, as a share of the reference's mean; None if that is zero."""
     gain = {}
     for metric in TESTED.values():
         base = spread(reference[metric].mean(1))["mean"]
         own = spread(found[metric].mean(1))["mean"]
-        gain[metric] = own / base - 1 if base else np.nan
+        gain[metric] = own / base - 1 if base else None
     return gain
 
 

@@ -3,12 +3,13 @@
 The columns of a table are given as {key of a row: heading}.
 """
 
+import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +60,11 @@ def cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def percent(gain: float | None) -> str:
+    """A gain as a table shows it: none over a reference of zero."""
+    return "" if gain is None else f"{gain:+.1%}"
+
+
 def markdown(rows: list[dict], columns: dict[str, str]) -> str:
     """Rows as a table; columns: key -> heading."""
     lines = [columns.values(), ["---"] * len(columns)]
@@ -75,9 +81,7 @@ def ranking_table(rows: list[dict], reference: str) -> str:
     """The usual columns of a comparison: both metrics, the gain over the reference, p."""
     shown = []
     for row in rows:
-        recall, ndcg = (
-            f"{row['gain'][metric]:+.1%}" for metric in ("recall@20", "ndcg@20")
-        )
+        recall, ndcg = (percent(row["gain"][metric]) for metric in ("recall@20", "ndcg@20"))
         shown.append(row | {"gain_r": recall, "gain_n": ndcg})
     columns = {
         "model": "model",
@@ -106,7 +110,8 @@ def protocol(config: Config, seeds: int) -> str:
 def trained(lab: Lab) -> dict:
     """From when to when, and with what, the models behind a result were trained."""
     files = [folder / "trained.json" for folder in sorted(lab.used)]
-    notes = [data.read_json(file, "date", "seconds") for file in files if file.exists()]
+    keys = "date", "seconds"
+    notes = [data.read_json(file, *keys, sealed=True) for file in files if file.exists()]
     if not notes:
         return {}
     dates = sorted(note["date"] for note in notes)
@@ -186,9 +191,11 @@ def publish(
 ) -> Path:
     """<name>.md, .json, and .png where there is something to draw; how they were made."""
     folder.mkdir(parents=True, exist_ok=True)
+    for draft in folder.glob(f"{name}.*.tmp"):  # of a killed process
+        draft.unlink()
     made = facts(lab, command(lab, name, flags), seconds, seeds, output.note)
     content = {"title": output.title, "rows": output.rows} | made | output.extra
-    write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write(folder / f"{name}.json", as_json(content))
     table = f"<!-- table -->\n{output.text}\n<!-- end -->"
     parts = [f"# {output.title}", table, output.note, footer(made)]
     if output.plot:
@@ -200,6 +207,22 @@ def publish(
     return folder / f"{name}.md"
 
 
+def as_json(content) -> str:
+    """Strict JSON, in which a number that is not finite is null."""
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n"
+
+
+def finite(content):
+    """Content with None for each number that is not finite."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    broken = isinstance(content, float) and not math.isfinite(content)
+    return None if broken else content
+
+
 def draw(plot: Callable, file: Path) -> None:
     """A PNG at README width, where the extra [plot] is installed."""
     try:
@@ -207,7 +230,9 @@ def draw(plot: Callable, file: Path) -> None:
     except ImportError as error:
         print(f"skipped {file.name}: {error}; pip install '.[plot]' draws it")
         return
-    write(file, partial(figure.savefig, format="png"))
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    write(file, stream.getvalue())
 
 
 def styled(plot: Callable):
@@ -283,4 +308,4 @@ def summary_cell(row: dict | None) -> str:
     figure = cell(row["recall@20"])
     if "p" not in row:
         return figure
-    return f"{figure} ({row['gain']['recall@20']:+.1%}, p = {cell(row['p'])})"
+    return f"{figure} ({percent(row['gain']['recall@20'])}, p = {cell(row['p'])})"

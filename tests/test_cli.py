@@ -147,7 +147,7 @@ BAD_ARGUMENTS = {
     "an unknown flag": (["--lamda-list", "1"], "unrecognized arguments: --lamda-list"),
     "an abbreviation": (["--lambda-l", "1"], "unrecognized arguments: --lambda-l"),
     "not a number": (["--dim", "many"], "argument --dim: invalid int value: 'many'"),
-    "too small": (["--dim", "0"], "dim: expected 1 <= number < inf, found 0"),
+    "too small": (["--dim", "0"], "dim: expected 1 <= number < 2147483648, found 0"),
     "too large": (
         ["--negatives", "100000"],
         "negatives: expected 1 <= number < 100000.0, found 100000",
@@ -155,14 +155,17 @@ BAD_ARGUMENTS = {
     "a rate of one": (["--dropout", "1"], "dropout: expected 0 <= number < 1, found 1.0"),
     "negative": (
         ["--lambda-list", "-1"],
-        "lambda_list: expected 0 <= number < inf, found -1.0",
+        "lambda_list: expected 0 <= number < 2147483648, found -1.0",
     ),
-    "NaN": (["--l2", "nan"], "l2: expected 0 <= number < inf, found nan"),
-    "gamma": (["--gamma", "0.5"], "gamma: expected 1 <= number < inf, found 0.5"),
+    "NaN": (["--l2", "nan"], "l2: expected 0 <= number < 2147483648, found nan"),
+    "gamma": (["--gamma", "0.5"], "gamma: expected 1 <= number < 2147483648, found 0.5"),
     "beta": (["--beta", "identy"], "beta: expected identity, found identy"),
     "a choice": (["--tokens", "sum"], "tokens: expected mean or concat, found sum"),
     "a preset": (["--preset", "netflix"], "invalid choice: 'netflix'"),
-    "lists of nothing": (["--list-pool", "0"], "list_pool: expected 1 <= number < inf"),
+    "lists of nothing": (
+        ["--list-pool", "0"],
+        "list_pool: expected 1 <= number < 2147483648",
+    ),
     "lists of other items": (
         ["--list-items", "best"],
         "list_items: expected top or random, found best",
@@ -222,14 +225,15 @@ def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
         ["--out", "run", "--resume"], capsys
     )
     stored = json.loads((here / "run/config.json").read_text())
-    (here / "run/config.json").write_text(json.dumps({**stored, "fingerprint": None}))
+    del stored["digest"]
+    data.write(here / "run/config.json", {**stored, "fingerprint": None})
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert "expected fingerprint = None to resume" in error_of(
         ["--out", "run", "--resume"], capsys
     )
     del stored["fingerprint"]
-    (here / "run/config.json").write_text(json.dumps(stored))
+    data.write(here / "run/config.json", stored)
     assert "expected fingerprint = None to resume" in error_of(
         ["--out", "run", "--resume"], capsys
     )
@@ -312,14 +316,12 @@ def test_recommend_from_the_artefact_alone(here, tiny, capsys):
     assert [float(s) for _, s in found] == pytest.approx(
         scores[expected].tolist(), abs=1e-4
     )
-    (here / "ids.json").write_text(
-        json.dumps(
-            {
-                "users": [f"user {u}" for u in range(60)],
-                "items": [f"item {i}" for i in range(40)],
-            }
-        )
-    )
+    ids = {
+        "fingerprint": data.fingerprint(tiny, whole=False),
+        "users": [f"user {u}" for u in range(60)],
+        "items": [f"item {i}" for i in range(40)],
+    }
+    (here / "ids.json").write_text(json.dumps(ids))
     assert (
         main(
             [

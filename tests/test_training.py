@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -325,7 +324,7 @@ def test_run_folder(run, tiny, monkeypatch):
         "student.npz",
         "teacher.pt",
     ]
-    assert metrics == json.loads((run.folder / "metrics.json").read_text())
+    assert metrics == data.read_json(run.folder / "metrics.json", sealed=True)
     for split in ("validation", "test"):
         assert set(metrics[split]) == {
             "mostpop",
@@ -469,7 +468,7 @@ def test_training_beats_popularity(tmp_path):
 
 def figures(folder: Path) -> dict:
     """metrics.json without its clock."""
-    return {**json.loads((folder / "metrics.json").read_text()), "seconds": None}
+    return {**data.read_json(folder / "metrics.json", sealed=True), "seconds": None}
 
 
 def test_one_seed_one_result(run):
