@@ -56,25 +56,47 @@ def evaluate(
     if not len(users):
         raise ValueError("target: expected at least one interaction, found none")
     longest = min(max(ks), len(item))
-    chunk = max(1, CHUNK_SCORES // len(item))
-    hits = [
-        _hits(user, item, target, exclude, users[start : start + chunk], longest)
-        for start in range(0, len(users), chunk)
-    ]
+    [hits] = _hits([(user, item)], [[1.0]], target, exclude, users, longest)  # [n, longest]
     targets = np.diff(target.indptr)[users]  # |T_u| [n]
-    values = metrics(torch.cat(hits).cpu().numpy(), targets, ks)
+    values = metrics(hits, targets, ks)
     means = {name: float(value.mean()) for name, value in values.items()}
     return {**means, "users": users, "per_user": values} if per_user else means
 
 
-def _hits(user, item, target, exclude, users: np.ndarray, longest: int) -> Tensor:
-    """Which ranks of these c users' lists hold a target: bool [c, longest]."""
-    scores = user[torch.from_numpy(users).to(user.device)] @ item.T  # [c, I]
-    scores[_cells(exclude, users, user.device)] = -torch.inf
-    relevant = torch.zeros_like(scores, dtype=torch.bool)  # [c, I]
-    relevant[_cells(target, users, user.device)] = True
-    values, index = top_items(scores, longest)
-    return relevant.gather(-1, index) & (values > -torch.inf)  # an excluded item is no hit
+def _hits(
+    pairs: list[Pair], sums: list[list[float]], target, exclude, users: np.ndarray, k: int
+) -> list[np.ndarray]:
+    """Which ranks of users' [n] lists hold a target: bool [n, k], for each of `sums`.
+
+    sums: weighted sums of the rankings, whose scores are computed once.
+    """
+    n_items = target.shape[1]
+    chunk = max(1, CHUNK_SCORES // (n_items * len(pairs)))
+    hits: list[list[Tensor]] = [[] for _ in sums]
+    for start in range(0, len(users), chunk):
+        rows = users[start : start + chunk]  # of c users
+        device = pairs[0][0].device
+        index = torch.from_numpy(rows).to(device)
+        scores = [user[index] @ item.T for user, item in pairs]  # of each [c, I]
+        seen, wanted = (_cells(matrix, rows, device) for matrix in (exclude, target))
+        relevant = torch.zeros_like(scores[0], dtype=torch.bool)  # [c, I]
+        relevant[wanted] = True
+        for found, weights in zip(hits, sums, strict=True):
+            total = _weighted(scores, weights)  # [c, I]
+            total[seen] = -torch.inf
+            values, best = top_items(total, k)
+            # An item that is excluded is no hit.
+            found.append(relevant.gather(-1, best) & (values > -torch.inf))
+    return [torch.cat(found).cpu().numpy() for found in hits]
+
+
+def _weighted(scores: list[Tensor], weights: list[float]) -> Tensor:
+    """Σ w · scores, of those that weigh anything; a new tensor."""
+    first, *others = [(w, part) for w, part in zip(weights, scores, strict=True) if w]
+    total = first[0] * first[1]
+    for w, part in others:
+        total.add_(part, alpha=w)
+    return total
 
 
 def _cells(matrix: sparse.csr_matrix, users: np.ndarray, device) -> tuple[Tensor, ...]:
@@ -156,28 +178,44 @@ def line_search(
     """
     scaled = [one_scale(pair) for pair in pairs]
     weights = [1.0] + [0.0] * (len(pairs) - 1)
-
-    def recall(m: int, weight: float) -> float:
-        fused = fuse(scaled, [*weights[:m], weight, *weights[m + 1 :]])
-        return evaluate(*fused, val, exclude=train)["recall@20"]
-
-    def gain(m: int) -> tuple[float, float]:
-        """How much a ranking gains at most, and at which weight."""
-        found = [recall(m, weight) for weight in (0.0, *WEIGHTS)]
-        beside = [found[i : i + 3] for i in range(len(WEIGHTS))]  # of each weight
-        smooth = [sum(three) / len(three) for three in beside]
-        best = max(range(len(WEIGHTS)), key=smooth.__getitem__)
-        return smooth[best] - found[0], WEIGHTS[best]
-
     left = list(range(1, len(pairs)))
     while left:
-        gains = {m: gain(m) for m in left}
+        tried = [[*weights[:m], w, *weights[m + 1 :]] for m in left for w in WEIGHTS]
+        base, *found = recalls(scaled, [weights, *tried], train, val)
+        curves = np.array(found).reshape(len(left), len(WEIGHTS))
+        gains = {m: _gain([base, *curve]) for m, curve in zip(left, curves, strict=True)}
         m = max(gains, key=gains.__getitem__)
         if gains[m][0] <= 0:
             break
         weights[m] = gains[m][1]
         left.remove(m)
     return weights[1:]
+
+
+def recalls(
+    pairs: list[Pair],
+    sums: list[list[float]],
+    train: sparse.csr_matrix,
+    val: sparse.csr_matrix,
+) -> list[float]:
+    """Validation Recall@20 of each weighted sum of the rankings."""
+    users = np.flatnonzero(np.diff(val.indptr))  # [n]
+    targets = np.diff(val.indptr)[users]  # |T_u| [n]
+    every = _hits(pairs, sums, val, train, users, min(20, val.shape[1]))
+    return [float(metrics(hits, targets, (20,))["recall@20"].mean()) for hits in every]
+
+
+def _gain(curve: list[float]) -> tuple[float, float]:
+    """The most that a ranking gains, smoothed, and the weight; recalls at 0 and WEIGHTS.
+
+    >>> gain, weight = _gain([0.0, 0.0, 0.0, 0.3, 0.4, 0.3, 0.0, 0.0, 0.0])
+    >>> round(gain, 4), weight
+    (0.3333, 0.5)
+    """
+    beside = [curve[i : i + 3] for i in range(len(WEIGHTS))]  # of each weight
+    smooth = [float(np.mean(three)) for three in beside]
+    best = max(range(len(WEIGHTS)), key=smooth.__getitem__)
+    return smooth[best] - curve[0], WEIGHTS[best]
 
 
 # ------------------------------------------------------------ lists

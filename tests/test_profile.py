@@ -9,7 +9,7 @@ from scipy import sparse
 
 from baselines.profile import late_fusion, profile
 from data import unit_rows
-from evaluate import WEIGHTS, evaluate, fuse, line_search, one_scale
+from evaluate import WEIGHTS, evaluate, fuse, line_search, one_scale, recalls
 from promptmm import adjacency
 
 
@@ -88,17 +88,14 @@ def test_useless_content_costs_nothing(tiny):
 
 def searched(monkeypatch, curve: dict[float, float]) -> list[float]:
     """What the search finds where a second ranking adds to recall as its curve says."""
-    item = torch.arange(3.0)[:, None]
-    size = item.std(correction=0).item()
-    pairs = [(torch.ones(2, 1), item)] * 2
 
-    def scripted(user, item, target, exclude):
-        loud = [round(value * size, 4) for value in user[0].tolist()][1:]
-        return {"recall@20": sum(curve[weight] for weight in loud)}
+    def scripted(pairs, sums, train, val):
+        return [curve.get(loud, 0.0) for _, loud in sums]
 
-    monkeypatch.setattr("evaluate.evaluate", scripted)
+    monkeypatch.setattr("evaluate.recalls", scripted)
+    pair = torch.ones(2, 1), torch.arange(3.0)[:, None]
     none = sparse.csr_matrix((2, 3))
-    return line_search(pairs, none, none)
+    return line_search([pair, pair], none, none)
 
 
 @pytest.mark.parametrize(
@@ -117,20 +114,32 @@ def test_an_isolated_peak_is_no_gain(recalls, weight, monkeypatch):
 
 def test_what_gains_most_goes_first(monkeypatch):
     """Two rankings that know the same: the better one is taken, the other adds nothing."""
-    user = torch.eye(4)
     asked = []
 
-    def scripted(user, item, target, exclude):
-        asked.append(user.shape[1])
-        second, third = user.shape[1] in (5, 8), user.shape[1] in (7, 8)
-        return {"recall@20": max(0.1 * second, 0.3 * third)}
+    def scripted(pairs, sums, train, val):
+        asked.append(len(sums))
+        return [max(0.1 * (second > 0), 0.3 * (third > 0)) for _, second, third in sums]
 
-    monkeypatch.setattr("evaluate.evaluate", scripted)
-    pairs = [(user[:, :n], torch.randn(9, n)) for n in (4, 1, 3)]
+    monkeypatch.setattr("evaluate.recalls", scripted)
+    pair = torch.eye(4), torch.randn(9, 4)
     none = sparse.csr_matrix((4, 9))
-    weights = line_search(pairs, none, none)
+    weights = line_search([pair] * 3, none, none)
     assert weights[0] == 0 and weights[1] > 0
-    assert len(asked) == 3 * (1 + len(WEIGHTS))
+    assert asked == [1 + 2 * len(WEIGHTS), 1 + len(WEIGHTS)]
+
+
+@pytest.mark.parametrize("room", [1, 90, 2**23])
+def test_recalls_are_those_of_the_fused_rankings(room, tiny, monkeypatch):
+    """Whatever the chunk; the pairs' own scores are left as they are."""
+    pairs = [(torch.randn(60, n), torch.randn(40, n)) for n in (4, 2, 3)]
+    sums = [[1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.3, 2.0]]
+    expected = [
+        evaluate(*fuse(pairs, weights), tiny.val, tiny.train)["recall@20"]
+        for weights in sums
+    ]
+    monkeypatch.setattr("evaluate.CHUNK_SCORES", room)
+    assert recalls(pairs, sums, tiny.train, tiny.val) == pytest.approx(expected)
+    assert recalls(pairs, sums[::-1], tiny.train, tiny.val) == pytest.approx(expected[::-1])
 
 
 def test_the_grid_ascends():
