@@ -246,9 +246,12 @@ def test_what_a_kill_after_the_metrics_leaves_is_removed(here):
 def test_signals_end_in_one_line_and_a_run_goes_on(number, status, here, monkeypatch):
     """Sent at the first validation; afterwards the handler is the former one."""
     former, judged = signal.getsignal(signal.SIGTERM), promptmm.evaluate
+    # A shell's background job starts with Ctrl-C ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(promptmm, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
         found, out, err = call([*SHORT, "--out", "stopped"])
+    signal.signal(signal.SIGINT, outside)
     assert (found, out) == (status, "")
     expected = "interrupted; --resume goes on after the last whole epoch\n"
     assert err.endswith(expected)
