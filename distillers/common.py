@@ -1,11 +1,14 @@
 """What the distillation methods share: teachers, what a method is, its training."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
+from evaluate import best_unobserved
 from promptmm import (
     Encoded,
     Losses,
@@ -16,9 +19,11 @@ from promptmm import (
     fit,
     load_finished,
     scores,
+    setting,
 )
 
 Teachers = dict[str, Pair]  # name -> (user [U, d_t], item [I, d_t]), no gradient, any width
+of_method = partial(setting, of="method")  # a field that is one method's own
 
 
 class Distiller(NamedTuple):
@@ -30,6 +35,22 @@ class Distiller(NamedTuple):
     width: int  # columns of `lists` that are sampled
     each_epoch: Callable[[], None] | None = None  # as `promptmm.fit` takes them
     extend: Callable[[Tensor, Tensor], Tensor] | None = None
+    slow: float = 1.0  # by how much the item table's step is smaller than the others'
+
+
+class TopLists:
+    """Lists that end in a teacher's own best items, as PromptMM's do (errata P14)."""
+
+    def __init__(self, teacher: Pair, train: sparse.csr_matrix, pool: int, n: int):
+        self.best, _ = best_unobserved(*teacher, train, pool)  # [U, N]
+        self.n = n
+
+    def extend(self, users: Tensor, lists: Tensor) -> Tensor:
+        """Lists [B, 2] of users [B], and n of the teacher's best drawn anew: [B, 2 + n]."""
+        pool = self.best.shape[1]
+        column = torch.randint(pool, (len(users), self.n), device=users.device)
+        items = self.best.take(pool * users[:, None] + column)  # [B, n]
+        return torch.cat([lists, items], dim=1)
 
 
 def teachers_of(encoded: Encoded) -> Teachers:
@@ -51,7 +72,12 @@ def train(run: Run, method: Callable[..., Distiller], teachers: Teachers) -> Pai
     student = Student(run.dataset.train, config, run.device)
     distiller = method(run, student, teachers)
     learner = nn.ModuleDict({"student": student, **distiller.modules})
-    groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
+    others = [w for w in learner.parameters() if w is not student.item]
+    step = config.lr_student
+    groups = [
+        {"params": [student.item], "lr": step / distiller.slow},
+        {"params": others, "lr": step},
+    ]
 
     def terms(users: Tensor, lists: Tensor) -> Losses:
         user, item = student()  # [U, d], [I, d]

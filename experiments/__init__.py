@@ -7,6 +7,8 @@
     controls.py      is it content that the student learns, or would any teacher do
     prompt.py        does the prompt pay, and where
     transfer.py      settings from elsewhere: does distillation do harm
+    methods.py       CKD, PRM-KD and KDSR beside PromptMM; what they claim is in
+                     claims.py, questions.py, inside.py and forgetting.py
     cost.py          Table 6: time, memory, size
     sensitivity.py   Figure 4: one setting at a time
     convergence.py   Figure 5: epoch by epoch

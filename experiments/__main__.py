@@ -4,6 +4,7 @@
     python -m experiments all --data DIR            Tables 3-7 and Figure 5
     python -m experiments table4 --data DIR --seeds 5
     python -m experiments tune --data DIR           the search that the presets come from
+    python -m experiments methods --data DIR        CKD, PRM-KD and KDSR beside PromptMM
     python -m experiments errata | bench | readme   readme: figures into the pages
 
 Every model is trained by the functions that `promptmm.py` uses, once for each setting and
@@ -29,8 +30,10 @@ import data
 import experiments.lab
 from baselines import MODELS
 from data import DataError, Parser, need, write
+from distillers import METHODS
 from experiments import bench
 from experiments.ablation import figure3, options, table5
+from experiments.claims import claims
 from experiments.comparison import first_run, popularity, table3, table4
 from experiments.controls import controls
 from experiments.convergence import figure5
@@ -38,12 +41,13 @@ from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
 from experiments.lab import Lab, bare, code_digest, digest, locked, settings, sources
+from experiments.methods import methods
 from experiments.printed import counts, figure2, table8, table9
 from experiments.prompt import prompt
 from experiments.publish import Output, fill_pages, publish
 from experiments.sensitivity import figure4
 from experiments.transfer import transfer
-from experiments.tune import tune
+from experiments.tune import tune, tune_methods
 
 
 class Part(NamedTuple):
@@ -64,6 +68,8 @@ EVERY = (
     Part("controls", controls, 5, "named"),
     Part("prompt", prompt, 3, "named"),
     Part("transfer", transfer, 3, "named"),
+    Part("methods", methods, 5, "named"),
+    Part("claims", claims, 3, "named"),
     Part("popularity", popularity, 3, "any"),
     Part("table6", table6, 0, "any"),
     Part("table7", table7, 3, "any"),
@@ -78,6 +84,7 @@ EVERY = (
 )
 PARTS = {part.name: part for part in EVERY}
 TUNE = Part("tune", tune, 0, "any")
+TUNES = {"tune": TUNE, "tune_methods": Part("tune_methods", tune_methods, 0, "named")}
 
 
 def perform(lab: Lab, part: Part, force: bool, **more) -> None:
@@ -129,7 +136,9 @@ def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
 def state_of(lab: Lab, part: Part, more: dict) -> str:
     """What a finished part depends on: the models, its own code, what was asked."""
     trained = (*MODELS, "Teacher", "PromptMM")
-    if part is TUNE:  # the models' settings are its outcome
+    if part.name in ("methods", "claims", "tune_methods"):
+        trained += tuple(METHODS)
+    if part.name in TUNES:  # the models' settings are its outcome
         models = [code_digest(sources(model)) for model in trained]
     else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
@@ -157,7 +166,7 @@ def command(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser(prog="experiments", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=(*PARTS, "all", "tune", "bench", "readme"))
+    parser.add_argument("part", choices=(*PARTS, "all", *TUNES, "bench", "readme"))
     parser.add_argument(
         "--data", default="", help="dataset folder (default: the embedded data)"
     )
@@ -187,8 +196,8 @@ def parse(argv: list[str]) -> Namespace:
 
 def run(args: Namespace) -> None:
     lab = laboratory(args)
-    if args.part == "tune":
-        perform(lab, TUNE, args.force, tries=4 if args.quick else args.tries)
+    if args.part in TUNES:
+        perform(lab, TUNES[args.part], args.force, tries=4 if args.quick else args.tries)
         return
     if args.part != "all":
         perform(lab, PARTS[args.part], args.force)

@@ -81,8 +81,17 @@ def is_untrained(model: str) -> bool:
     return model == "MostPop" or model.startswith("Profile (")
 
 
-def is_taught(model: str) -> bool:
-    return model == "PromptMM" or model in METHODS
+def needs(model: str, config: Config) -> tuple[str, ...]:
+    """Which trained models teach it, in the words of distillers/__init__.py."""
+    if model in METHODS:
+        return getattr(METHODS[model], "needs", lambda _: ("joint",))(config)
+    return ("joint",) if model == "PromptMM" else ()
+
+
+def settings_class(model: str) -> type[Config]:
+    """Config, or what a comparison model or a method has in its place."""
+    own = MODELS.get(model) or METHODS.get(model)
+    return getattr(own, "Settings", Config)
 
 
 # ------------------------------------------------------------ where things are
@@ -100,6 +109,7 @@ class Lab:
     out: Path
     keep: bool = False  # accept models that other code has trained
     origin: str = ""  # of data changed by `with_data`: the fingerprint of what they were
+    beneath: "Lab | None" = None  # whose LightGCN teachers stand on: it reads no feature
     chosen: dict = field(default_factory=dict, compare=False)  # while a search goes on
     used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
 
@@ -158,7 +168,10 @@ def ids_settings(lab: Lab, config: Config) -> Config:
 
 def with_data(lab: Lab, dataset: Dataset) -> Lab:
     """The lab with other data of the same kind, under the settings of its own."""
-    return replace(lab, dataset=dataset, origin=lab.origin or lab.fingerprint)
+    same = dataset.train is lab.dataset.train and dataset.val is lab.dataset.val
+    beneath = (lab.beneath or lab) if same else None
+    origin = lab.origin or lab.fingerprint
+    return replace(lab, dataset=dataset, origin=origin, beneath=beneath)
 
 
 def deciding(model: str) -> tuple[str, ...]:
@@ -167,7 +180,8 @@ def deciding(model: str) -> tuple[str, ...]:
         return ("both", "student", "model")
     if model == "Teacher":
         return ("both", "teacher")
-    return ("both", "teacher", "student", "distillation")
+    own = "distillation" if settings_class(model) is Config else "method"
+    return ("both", "teacher", "student", own)
 
 
 def slug(name: str) -> str:
@@ -201,11 +215,19 @@ def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
     """
     own = [baselines.common, *ancestry(MODELS.get(model, MODELS["LightGCN"]))]
     if model in METHODS:
-        own += [distillers.common, METHODS[model]]
+        own += [METHODS[model], *neighbours(METHODS[model])]
     if kind is not Teacher:
         own += ancestry(kind)
     files = {Path(inspect.getsourcefile(part)) for part in own}
     return CORE + tuple(sorted(files - {CODE / file.name for file in CORE}))
+
+
+def neighbours(method) -> list:
+    """What a method's file takes from other files of distillers/."""
+    found = vars(inspect.getmodule(method)).values()
+    return [
+        one for one in found if getattr(one, "__module__", "").startswith("distillers.")
+    ]
 
 
 def ancestry(kind: type) -> list[type]:
@@ -219,6 +241,7 @@ def code_digest(files: tuple[Path, ...]) -> str:
     return digest([torch.__version__, *(bare(file.read_text()) for file in files)])
 
 
+@cache
 def bare(source: str) -> str:
     """Code without its comments and docstrings, in a form of its own.
 
@@ -285,17 +308,47 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
     if model in MODELS:
         return baselines.common.train(run, MODELS[model])
     if model == "Teacher":
-        ids = embeddings(lab, "LightGCN", ids_settings(lab, config))
-        return train_teacher(run, tuple(ids), kind)()[:2]
-    teacher = load_teacher(lab, config, kind)
+        return train_teacher(run, ids_of(lab, config), kind)()[:2]
     if model in METHODS:
-        encode = stage_two(teacher, replace(config, tune_prompt=False))  # it is frozen
-        need(
-            encode, "a teacher that knows more than LightGCN: expected a modality's weight"
-        )
-        teachers = distillers.common.teachers_of(encode())
-        return distillers.common.train(run, METHODS[model], teachers)
-    return train_student(run, "student", teacher)
+        teachers = teachers_for(lab, job)
+        if teachers or not needs(model, config):
+            return distillers.common.train(run, METHODS[model], teachers)
+        print("no modality weighs anything: this is LightGCN", file=sys.stderr)
+        return train_student(run, "method")
+    return train_student(run, "student", load_teacher(lab, config, kind))
+
+
+def teachers_for(lab: Lab, job: Job) -> distillers.common.Teachers:
+    """The frozen embeddings that teach a method; none if no modality weighs anything.
+
+    A uni-modal teacher that knows no more than LightGCN is left out, and its modality.
+    """
+    frozen = replace(job.config, tune_prompt=False)
+    words = needs(job.model, job.config)
+    found: distillers.common.Teachers = {}
+    if "alone" in words:
+        for m, place in each_alone(lab).items():
+            encode = stage_two(load_teacher(place, frozen), frozen)
+            found |= {m: encode()[:2]} if encode else {}
+    if "joint" in words:
+        encode = stage_two(load_teacher(lab, frozen, job.kind), frozen)
+        found |= distillers.common.teachers_of(encode()) if encode else {}
+    if found and "lightgcn" in words:
+        found["lightgcn"] = ids_of(lab, frozen)
+    return found
+
+
+def each_alone(lab: Lab) -> dict[str, Lab]:
+    """A lab for each modality that has its features only: where uni-modal teachers lie."""
+    features = lab.dataset.features.items()
+    return {m: with_data(lab, replace(lab.dataset, features={m: x})) for m, x in features}
+
+
+def ids_of(lab: Lab, config: Config) -> Pair:
+    """E_u [U, d], E_i [I, d] of the LightGCN that a teacher stands on."""
+    place = lab.beneath or lab
+    user, item = embeddings(place, "LightGCN", ids_settings(place, config))
+    return user, item
 
 
 def circumstances(folder: Path) -> dict:
@@ -310,8 +363,7 @@ def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
     """The trained teacher of these settings: frozen, in eval mode."""
     folder = learn(lab, "Teacher", config, kind)
     run = Run(folder, lab.dataset, config, lab.device, {})
-    ids = embeddings(lab, "LightGCN", ids_settings(lab, config))
-    return train_teacher(run, tuple(ids), kind)
+    return train_teacher(run, ids_of(lab, config), kind)
 
 
 def student_weights(folder: Path, device) -> dict[str, Tensor]:
@@ -347,11 +399,11 @@ def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
 def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
     """A student brings its teacher along: listed, it is counted too, and trained once."""
     for job in jobs:
-        if is_taught(job.model):
+        words = needs(job.model, job.config)
+        if {"joint", "lightgcn"} & set(words) or job.model == "Teacher":
             yield from with_ids(lab, job)
+        if "joint" in words:
             yield job._replace(model="Teacher")
-        elif job.model == "Teacher":
-            yield from with_ids(lab, job)
         if job.model == FUSED:
             yield job._replace(model="LightGCN")
         elif not is_untrained(job.model):
@@ -359,7 +411,8 @@ def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
 
 
 def with_ids(lab: Lab, job: Job) -> Iterator[Job]:
-    yield Job("LightGCN", ids_settings(lab, job.config))
+    if not lab.beneath:  # else it is not in this lab
+        yield Job("LightGCN", ids_settings(lab, job.config))
 
 
 def log_of(folder: Path) -> dict[str, np.ndarray]:
@@ -518,13 +571,13 @@ def gains(found: Values, reference: Values) -> dict[str, float | None]:
 # ------------------------------------------------------------ settings
 
 
-def search(lab: Lab) -> dict:
+def search(lab: Lab, part: str = "tune") -> dict:
     """What `tune` found on exactly these data, or nothing.
 
     The embedded data are known without a fingerprint: their search holds whatever the last
     bits of their features are.
     """
-    file = ROOT / "results" / lab.dataset.name / "tune.json"
+    file = ROOT / "results" / lab.dataset.name / f"{part}.json"
     found = data.read_json(file, "best", "tried") if file.exists() else {}
     known = lab.origin or lab.fingerprint
     same = not lab.source or found.get("fingerprint") == known
@@ -539,10 +592,20 @@ def tries(found: dict) -> dict[str, int]:
 def settings(lab: Lab, model: str = "PromptMM") -> Config:
     """What the search chose for a model on these data; without a search the defaults."""
     model = "LightGCN" if model == FUSED else model
-    kind = MODELS[model].Settings if model in MODELS else Config
     found = lab.chosen or search(lab).get("best", {})
     chosen = found.get(model, {})
-    return kind(**chosen | (QUICK if lab.quick else {}))
+    if settings_class(model) is not Config and model in METHODS:
+        known = search(lab, "tune_methods").get("best", {})
+        chosen = method_start(found) | known.get(model, {}) | chosen
+    return settings_class(model)(**chosen | (QUICK if lab.quick else {}))
+
+
+def method_start(found: dict) -> dict:
+    """Where a method begins: the teacher's search, and LightGCN's own for the student."""
+    student = {one.name for one in fields(Config) if one.metadata["of"] == "student"}
+    own = found.get("LightGCN", {})
+    like = {name: value for name, value in own.items() if name in student}
+    return found.get("Teacher", {}) | like
 
 
 # ------------------------------------------------------------ other processes

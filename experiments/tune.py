@@ -12,7 +12,19 @@ from dataclasses import replace
 import numpy as np
 
 from baselines import MODELS
-from experiments.lab import QUICK, Job, Lab, judge, learn_all, seeded
+from distillers import METHODS
+from experiments.lab import (
+    QUICK,
+    Job,
+    Lab,
+    judge,
+    learn_all,
+    method_start,
+    needs,
+    search,
+    seeded,
+    settings_class,
+)
 from experiments.publish import Output, markdown
 from promptmm import Config
 
@@ -39,6 +51,7 @@ SPACES = {  # besides those of baselines/, and after them
         "tune_prompt": (True, False),
     },
 }
+STUDENT = ("lr_student", "batch", "l2", "student_layers")  # searched for every method
 # Of each first try, what earlier single runs had shown; "all": for every model.
 CITEULIKE = {"all": {"eval_every": 4, "patience": 10}, "LightGCN": {"batch": 2048}}
 START = {
@@ -98,7 +111,7 @@ def search_model(
     lab: Lab, model: str, first: dict, space: dict, budget: int, rng: np.random.Generator
 ) -> list[dict]:
     """`budget` different settings of one model, each with its validation Recall@20."""
-    kind = MODELS[model].Settings if model in MODELS else Config
+    kind = settings_class(model)
     best, highest = first, -1.0
     seen, rows = [], []
     for _ in range(100 * budget):  # a small space may hold fewer settings than the budget
@@ -129,7 +142,7 @@ def final_choice(lab: Lab, model: str, rows: list[dict]) -> dict:
     ranked = sorted(rows, key=lambda row: -row["validation"])
     if len(rows) < 6 or lab.quick:
         return ranked[0]["settings"]
-    kind = MODELS[model].Settings if model in MODELS else Config
+    kind = settings_class(model)
     for row in ranked[:3]:
         jobs = seeded(Job(model, kind(**row["settings"])), 3)
         learn_all(lab, "tune, final choice", jobs)
@@ -167,3 +180,35 @@ def given(dataset: str, model: str) -> dict:
 def own_stream(model: str) -> np.random.Generator:
     """Random numbers of a model's own, so that a new model moves no other's search."""
     return np.random.default_rng(zlib.crc32(model.encode()))
+
+
+# ------------------------------------------------------------ their search
+
+
+def tune_methods(lab: Lab, tries: int) -> Output:
+    """As `tune`, from LightGCN's and the teacher's best: half the tries for the students.
+
+    The other half is the teacher's, spent by `tune` and shared. Where no
+    model teaches, all are the student's.
+    """
+    found = search(lab).get("best", {})
+    shared = {name: SPACES["PromptMM"][name] for name in STUDENT}
+    names = [name for name in METHODS if settings_class(name) is not Config]
+    rows, best = [], {}
+    for model in names:
+        first = method_start(found) | given(lab.dataset.name, model)
+        space = shared | METHODS[model].SPACE
+        taught = needs(model, settings_class(model)())
+        budget = tries - tries // 2 if taught else tries
+        tried = search_model(lab, model, first, space, budget, own_stream(model))
+        best[model] = final_choice(lab, model, tried)
+        rows += tried
+    for row in rows:
+        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
+        row["shown"] = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+    columns = {"model": "model", "validation": "validation Recall@20"}
+    columns |= {"three seeds": "mean of seeds 0-2", "shown": "settings", "chosen": ""}
+    note = "as `tune`; the test split is not read; begins as the best LightGCN and Teacher"
+    extra = {"best": best, "tried": tries, "fingerprint": lab.fingerprint}
+    title = f"Search for the methods on {lab.dataset.name}, validation split, seed 0"
+    return Output(title, rows, markdown(rows, columns), note, extra=extra)

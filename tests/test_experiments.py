@@ -83,7 +83,7 @@ def lab(tiny, config, tmp_path, monkeypatch) -> Lab:
     teaches: on so few users validation alone would hardly give a modality any weight.
     """
     monkeypatch.setattr(laboratory, "ROOT", tmp_path)
-    monkeypatch.setattr(promptmm, "line_search", lambda *_: [0.5, 0.25])
+    monkeypatch.setattr(promptmm, "line_search", lambda p, *_: [0.5, 0.25][: len(p) - 1])
     dataset, cpu = replaced(tiny, name="shop"), torch.device("cpu")
     lab = Lab(dataset, "shop", cpu, 2, False, tmp_path / "results")
     return beneath(lab, config)
@@ -114,9 +114,8 @@ def count_calls(monkeypatch, module, name: str) -> list:
 
 
 def settings_of(model: str, config: Config) -> Config:
-    """The settings of a comparison model that agree with these."""
-    kind = MODELS[model].Settings if model in MODELS else Config
-    return kind(**vars(config))
+    """The settings of a comparison model or a method that agree with these."""
+    return laboratory.settings_class(model)(**vars(config))
 
 
 class Odd(nn.Module):
@@ -949,11 +948,12 @@ def test_a_new_comparison_model_needs_its_line_only(lab, odd):
 def test_a_method_of_distillation_learns_from_the_same_teacher(
     lab, config, method, monkeypatch
 ):
-    frozen = dataclasses.replace(config, tune_prompt=False)
+    frozen = settings_of(method, dataclasses.replace(config, tune_prompt=False))
     learn(lab, "PromptMM", frozen)
     teachers = count_calls(monkeypatch, promptmm, "teacher_terms")
     values = judge(lab, method, frozen)
-    assert not teachers
+    alone = "alone" in laboratory.needs(method, frozen)
+    assert bool(teachers) == alone  # one for each modality; the joint one is there
     assert np.isfinite(values["recall@20"]).all()
     assert lab.folder(method, frozen) != lab.folder("PromptMM", frozen)
     tuned = dataclasses.replace(frozen, tune_prompt=True)  # not its teacher's prompt
@@ -961,12 +961,57 @@ def test_a_method_of_distillation_learns_from_the_same_teacher(
     assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
 
 
-def test_a_method_refuses_a_teacher_that_knows_no_more(lab, config, monkeypatch):
-    monkeypatch.setattr(promptmm, "line_search", lambda *_: [0.0, 0.0])
-    with pytest.raises(data.DataError, match="knows more than LightGCN"):
-        learn(lab, "PromptMM, prompt frozen", config)
-    pairs = [embeddings(lab, model, config) for model in ("PromptMM", "LightGCN")]
-    assert torch.equal(pairs[0][0], pairs[1][0])  # the same student, alone
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_without_a_teacher_is_lightgcn(lab, config, method, monkeypatch):
+    """If no modality weighs anything; KDSR, which needs no teacher, is itself."""
+    monkeypatch.setattr(promptmm, "line_search", lambda pairs, *_: [0.0] * (len(pairs) - 1))
+    own = settings_of(method, config)
+    pairs = [embeddings(lab, *job) for job in ((method, own), ("LightGCN", config))]
+    needed = laboratory.needs(method, own)
+    assert torch.equal(pairs[0][0], pairs[1][0]) == bool(needed)
+    progress = (lab.folder(method, own) / "progress.txt").read_text()
+    assert ("this is LightGCN" in progress) == bool(needed)
+
+
+def test_uni_modal_teachers(lab, config, monkeypatch):
+    """Trained on one modality, on the LightGCN of the whole; a useless one is left out."""
+    own = settings_of("CKD", config)
+    monkeypatch.setattr(promptmm, "line_search", lambda pairs, *_: [0.5] * (len(pairs) - 1))
+    trained = count_calls(monkeypatch, baselines.common, "train")
+    found = laboratory.teachers_for(lab, Job("CKD", own))
+    assert list(found) == list(lab.dataset.features)
+    assert len(trained) == 1
+    for m, place in laboratory.each_alone(lab).items():
+        assert list(place.dataset.features) == [m] and place.cache != lab.cache
+        user, item = embeddings(place, "Teacher", config)
+        ours = found[m][0] @ found[m][1].T
+        assert torch.allclose(
+            ours / ours.std(), user @ item.T / (user @ item.T).std(), atol=1e-4
+        )
+    first = next(iter(found))
+
+    def weigh(pairs, *_):
+        useless = pairs[1][1].shape[1] == found[first][1].shape[1] - 8
+        return [0.0 if useless else 0.5]
+
+    monkeypatch.setattr(promptmm, "line_search", weigh)
+    again = dataclasses.replace(own, seed=1)
+    assert list(laboratory.teachers_for(lab, Job("CKD", again))) == [
+        m for m in found if m != first
+    ]
+
+
+def test_settings_of_a_method(lab, monkeypatch):
+    """LightGCN's for the student, the teacher's for its own, the method's on top."""
+    best = {"LightGCN": {"l2": 0.5, "dim": 16}, "Teacher": {"dim": 8, "dropout": 0.3}}
+    best |= {"PromptMM": {"l2": 0.7}, "CKD": {"lambda_specific": 3.0}}
+    found = settings(dataclasses.replace(lab, chosen=best), "CKD")
+    assert isinstance(found, METHODS["CKD"].Settings)
+    assert (found.l2, found.dim, found.dropout, found.lambda_specific) == (0.5, 8, 0.3, 3.0)
+    of_own = dataclasses.replace(found, lambda_generic=9.0)
+    assert lab.folder("CKD", of_own) != lab.folder("CKD", found)
+    for model in ("Teacher", "LightGCN"):
+        assert lab.folder(model, of_own) == lab.folder(model, found)
 
 
 # ------------------------------------------------------------ what is written
@@ -1076,8 +1121,9 @@ def test_the_parts_of_all(embedded, folder, monkeypatch):
         "experiments.__main__.perform", lambda lab, part, *_: ran.append(part)
     )
     assert main(["all", "--out", str(embedded)]) == 0
-    named = ("controls", "prompt", "transfer")
-    assert ran == [part for part in EVERY if part.name not in named]
+    assert ran == [part for part in EVERY if part.where != "named"]
+    named = {part.name for part in EVERY if part.where == "named"}
+    assert named == {"controls", "prompt", "transfer", "methods", "claims"}
     assert list(EVERY) == list(PARTS.values())
     ran.clear()
     assert main(["all", "--data", str(folder), "--out", str(embedded)]) == 0

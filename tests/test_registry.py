@@ -18,7 +18,7 @@ import data
 import distillers.common
 import promptmm
 from baselines import MODELS
-from distillers import METHODS
+from distillers import METHODS, several_teachers
 from evaluate import evaluate
 from experiments import lab as laboratory
 from experiments.comparison import table4
@@ -89,6 +89,7 @@ def odd_method(run, student, teachers):
 
 EVERY_MODEL = {**MODELS, "Odd": Odd}
 EVERY_METHOD = {**METHODS, "odd method": odd_method}
+KINDS = EVERY_MODEL | EVERY_METHOD
 CASES = [("model", name) for name in EVERY_MODEL] + [
     ("method", name) for name in EVERY_METHOD
 ]
@@ -101,7 +102,7 @@ def settings(config) -> dict:
 
 def run_of(folder, dataset, settings: dict, name: str) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
-    kind = EVERY_MODEL[name].Settings if name in EVERY_MODEL else Config
+    kind = getattr(KINDS.get(name), "Settings", Config)
     return Run(folder, dataset, kind(**settings), torch.device("cpu"), {})
 
 
@@ -196,6 +197,37 @@ def relabelled(dataset: data.Dataset, order: np.ndarray) -> data.Dataset:
     return replaced(dataset, features=features, **splits)
 
 
+def draws_alike(methods: list, order: torch.Tensor) -> None:
+    """The second of two methods, on relabelled items, draws what the first does."""
+    if len(methods) < 2:
+        return
+    one, two = methods
+    place = order.argsort()  # old label -> new label
+    if hasattr(one, "draw"):  # CKD's random pairs
+
+        def draw(device):
+            users, items = one.draw(device)
+            return users, place[items]
+
+        two.draw = draw
+    if hasattr(one, "pairs"):  # KDSR's; and k-means begins with the same pairs
+
+        def pairs(users, lists):
+            return tuple(place[items] for items in one.pairs(users, order[lists]))
+
+        two.pairs = pairs
+        for a, b in zip(one.modalities, two.modalities, strict=True):
+            assert torch.allclose(a.parts[order], b.parts, atol=1e-6)
+            b.centres = a.centres
+    if isinstance(one, several_teachers.PRMKD):  # the lists that measure a scale
+        sizes = [
+            a[0].norm() / b[0].norm()
+            for a, b in zip(one.teachers, two.teachers, strict=True)
+        ]
+        assert sizes == pytest.approx([1] * len(sizes), rel=0.1)
+        two.teachers = [(u * k, i) for k, (u, i) in zip(sizes, two.teachers, strict=True)]
+
+
 def test_relabelling_the_items_relabels_the_ranking(case, tiny, settings):
     """Data, features and tables alike: scores follow, so no index is swapped anywhere."""
     order = np.random.default_rng(0).permutation(tiny.train.shape[1])
@@ -203,21 +235,25 @@ def test_relabelling_the_items_relabels_the_ranking(case, tiny, settings):
     kind, name = case
     if kind == "method":
         teachers = teachers_for(tiny, settings)
-        config = Config(**settings)
-        found = []
+        config = getattr(EVERY_METHOD[name], "Settings", Config)(**settings)
+        found, methods = [], []
         for dataset, index in ((tiny, np.arange(len(order))), (moved, order)):
             torch.manual_seed(0)
             student = promptmm.Student(dataset.train, config)
             pairs = {m: (user, item[index]) for m, (user, item) in teachers.items()}
             torch.manual_seed(1)
             run = Run(None, dataset, config, torch.device("cpu"), {})
-            method = EVERY_METHOD[name](run, student, pairs)
+            methods.append(EVERY_METHOD[name](run, student, pairs))
+            with torch.no_grad():
+                student.item.copy_(torch.cos(torch.arange(40 * 8.0)).view(40, 8)[index])
             user = torch.linspace(-1, 1, 60 * 8).view(60, 8)
             item = torch.sin(torch.arange(40 * 8.0)).view(40, 8)[index]
             lists = torch.arange(4).repeat(60, 1)
             place = torch.from_numpy(np.argsort(index))[lists]
             logits = scores(user, item, torch.arange(60), place)
-            terms = method.terms(user, item, logits, torch.arange(60), place)
+            draws_alike(methods, torch.from_numpy(order))
+            torch.manual_seed(2)
+            terms = methods[-1].terms(user, item, logits, torch.arange(60), place)
             found.append({n: term.item() for n, term in terms.items()})
         assert found[0] == pytest.approx(found[1], rel=1e-4)
         return

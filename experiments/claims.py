@@ -1,0 +1,109 @@
+"""What the three neighbours claim, asked of this student: C-1 to D-4, a verdict for each.
+
+    python -m experiments claims --data DIR     results/<dataset>/claims.json
+
+A claim survives if it holds, by p < .05 after Holm's adjustment and in four of five seeds,
+on both real datasets; else it survives on one, is refuted (significant the other way) or is
+not reproduced. That is about this student and these data, with formulas that are partly
+ours: "not reproduced" does not say that a paper is wrong. Most are answered by a table of
+models (questions.py); C-1, C-4, P-3, P-4 look inside one (inside.py), as D-1 and D-3 do
+(forgetting.py).
+"""
+
+import data
+import experiments.lab
+from experiments import forgetting, inside
+from experiments.inside import Finding
+from experiments.lab import Job, Lab, compare, log_of, seeded, settings
+from experiments.methods import learn_teachers
+from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
+from experiments.questions import CKD, KDSR, TABLES, Question
+
+REAL = ("tiktok", "citeulike")
+OUTCOMES = {"yes": "holds", "no": "not shown", "against": "the other way", "": "no claim"}
+
+# ------------------------------------------------------------ the rule
+
+
+def verdict(outcomes: dict[str, str]) -> str:
+    """Over the real datasets, by name; one without a result counts as not shown.
+
+    >>> verdict({"tiktok": "yes", "citeulike": "yes"}), verdict({"tiktok": "yes"})
+    ('survives', 'survives on tiktok')
+    >>> verdict({"tiktok": "no", "citeulike": "against"}), verdict({"synthetic": "yes"})
+    ('refuted', 'not asked of real data')
+    >>> verdict({"tiktok": "no", "citeulike": "no"})
+    'not reproduced'
+    """
+    found = {name: outcomes[name] for name in REAL if outcomes.get(name)}
+    holds = [name for name, one in found.items() if one == "yes"]
+    against = [name for name, one in found.items() if one == "against"]
+    if not found:
+        return "not asked of real data"
+    if len(holds) == len(REAL):
+        return "survives"
+    words = [f"survives on {name}" for name in holds]
+    words += [f"refuted on {name}" for name in against if holds] or ["refuted"] * bool(
+        against
+    )
+    return ", ".join(words) or "not reproduced"
+
+
+# ------------------------------------------------------------ all of them
+
+
+def asked(lab: Lab, question: Question, seeds: int) -> Finding:
+    jobs = question.rows(lab)
+    learn_teachers(lab, [job for job in jobs.values() if job.model == CKD], seeds)
+    rows = compare(lab, question.name, jobs, seeds, question.reference)
+    by_name = {row["model"]: row for row in rows}
+    text = ranking_table(rows, question.reference)
+    if question.name == "D-4":
+        text += "\n\n" + codes_learnt(lab, jobs, seeds)
+    found = question.judge(lab, by_name)
+    return Finding(question.name, question.text, rows, text, found)
+
+
+def codes_learnt(lab: Lab, jobs: dict[str, Job], seeds: int) -> str:
+    """The dissected loss at the end beside the codes' entropy: at it, nothing is taught."""
+    job = seeded(jobs[f"{KDSR}, L as found"], 1)[0]
+    weight = job.config.lambda_dissected
+    log = log_of(lab.folder(*job))
+    if not weight or "dissected_kd" not in log:
+        return "The dissected loss has no weight here."
+    entropy = sum(forgetting.code_entropy(lab, job.config).values())
+    last = log["dissected_kd"][-1] / weight
+    return f"Dissected loss at the end: {last:.3f}; entropy of its codes: {entropy:.3f}."
+
+
+def claims(lab: Lab, seeds: int) -> Output:
+    """Every experiment on these data, and the verdicts over the real ones so far."""
+    looks = (inside.modes, inside.weights_by_epoch, inside.useless_teachers)
+    looks += (inside.memory, forgetting.forgetting, forgetting.codes_and_parts)
+    found = [asked(lab, question, seeds) for question in TABLES]
+    found += [look(lab, seeds) for look in looks]
+    found.sort(key=lambda one: ("CPD".index(one.name[0]), one.name))
+    before = earlier(lab)
+    rows = []
+    for one in found:
+        outcomes = before.get(one.name, {}) | {lab.dataset.name: one.outcome}
+        row = {"id": one.name, "claim": one.text, "outcome": one.outcome}
+        row |= {"here": OUTCOMES[one.outcome], "verdict": verdict(outcomes)}
+        rows.append(row | {"rows": one.rows})
+    columns = {"id": "", "claim": "claim", "here": "here", "verdict": "on real data"}
+    parts = [markdown(rows, columns)]
+    parts += [f"**{one.name}: {one.text}**\n\n{one.table}" for one in found]
+    note = f"{protocol(settings(lab), seeds)}; {PAIRED}; the rule is in claims.py"
+    title = f"What CKD, PRM-KD and KDSR claim, on {lab.dataset.name}"
+    return Output(title, rows, "\n\n".join(parts), note)
+
+
+def earlier(lab: Lab) -> dict[str, dict[str, str]]:
+    """Outcomes of the other real datasets, by claim, as far as they were asked."""
+    found: dict[str, dict[str, str]] = {}
+    for name in REAL:
+        file = experiments.lab.ROOT / "results" / name / "claims.json"
+        if file.exists() and name != lab.dataset.name and not lab.quick:
+            for row in data.read_json(file, "rows")["rows"]:
+                found.setdefault(row["id"], {})[name] = row["outcome"]
+    return found

@@ -1,0 +1,103 @@
+"""KDSR's claims that no table of models answers: D-1 and D-3, and its codes' entropy."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import read_torch, unit_rows
+from distillers.content import centred, content_start, nearest, some_pairs
+from distillers.correlation import Modality
+from experiments.inside import NAME_KDSR, Finding, by_seeds
+from experiments.lab import (
+    Job,
+    Lab,
+    each_alone,
+    judge,
+    learn,
+    learn_all,
+    seeded,
+    settings,
+    spread,
+)
+from experiments.methods import content_start as started
+from experiments.publish import plain
+from promptmm import Config
+
+
+def modalities(lab: Lab, config: Config) -> dict[str, Modality]:
+    found = {}
+    for m, x in lab.dataset.features.items():
+        found[m] = Modality(*centred(torch.from_numpy(x).float()), config)
+    return found
+
+
+def code_entropy(lab: Lab, config: Config) -> dict[str, float]:
+    """Of the codes of k-means' own pairs, in nats, by modality."""
+    found = {}
+    for m, one in modalities(lab, config).items():
+        _, relations = one.correlations(*some_pairs(one.filled, 20_000))
+        share = nearest(relations, one.centres).bincount().float() / max(1, len(relations))
+        found[m] = float(torch.special.entr(share).sum())
+    return found
+
+
+def forgetting(lab: Lab, seeds: int) -> Finding:
+    """D-1: BPR alone forgets the features' correlations; supervision keeps them."""
+    full = settings(lab, NAME_KDSR)
+    none = started(lab)
+    steps = {
+        "BPR alone": none,
+        "+ holistic": Job(NAME_KDSR, replace(full, lambda_dissected=0.0, slow=1.0)),
+        "+ dissected": Job(NAME_KDSR, replace(full, slow=1.0)),
+        "+ slow": Job(NAME_KDSR, full),
+    }
+    contents = [centred(torch.from_numpy(x).float()) for x in lab.dataset.features.values()]
+    start = content_start([x for x, _ in contents], full.dim)
+    rows = [{"table": "content start"} | kept(lab, [start])]
+    for name, job in steps.items():
+        jobs = seeded(job, seeds)
+        learn_all(lab, "D-1", jobs)
+        files = [learn(lab, *one) / "method.pt" for one in jobs]
+        tables = [read_torch(file, torch.device("cpu"))["student.item"] for file in files]
+        rows.append({"table": name} | kept(lab, tables))
+    first, alone, last = (rows[n]["mean"]["runs"] for n in (0, 1, -1))
+    fell, held = np.subtract(first * seeds, alone), np.subtract(last, alone)
+    found = {by_seeds(fell), by_seeds(held)}
+    text = "BPR alone forgets correlations, supervision keeps them"
+    return Finding("D-1", text, rows, plain(rows), found.pop() if len(found) == 1 else "no")
+
+
+def kept(lab: Lab, tables: list[Tensor]) -> dict[str, dict]:
+    """Correlation of a table's cosines with each modality's, over 20,000 fixed pairs."""
+    found: dict[str, list[float]] = {m: [] for m in lab.dataset.features}
+    for m, raw in lab.dataset.features.items():
+        x = unit_rows(torch.from_numpy(raw).float())
+        i, j = some_pairs(x.any(1), 20_000)
+        content = (x[i] * x[j]).sum(1)
+        for one in tables:
+            own = torch.cosine_similarity(one[i], one[j], dim=1)
+            pair = torch.stack([own, content])
+            found[m].append(float(torch.corrcoef(pair)[0, 1].nan_to_num()))
+    means = np.mean(list(found.values()), axis=0)
+    return {m: spread(runs) for m, runs in found.items()} | {"mean": spread(means)}
+
+
+def codes_and_parts(lab: Lab, seeds: int) -> Finding:
+    """D-3: does a wider encoder gain from finer codes? Validation, one seed: no claim."""
+    grid = [(20, 1), (50, 8)]
+    if not lab.quick:
+        grid = [(codes, parts) for codes in (20, 50, 100) for parts in (1, 4, 8, 16)]
+    rows = []
+    for m, place in each_alone(lab).items():
+        row = {"modality": m, "width": lab.dataset.features[m].shape[1]}
+        for codes, parts in grid:
+            config = replace(settings(lab, NAME_KDSR), codes=codes, parts=parts)
+            learn_all(place, "D-3", [Job(NAME_KDSR, config)])
+            recall = judge(place, NAME_KDSR, config, split="val")["recall@20"].mean()
+            row[f"{codes} × {parts}"] = float(recall)
+        rows.append(row)
+    return Finding(
+        "D-3", "finer codes suit wider encoders (no claim)", rows, plain(rows), ""
+    )

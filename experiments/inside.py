@@ -1,0 +1,219 @@
+"""Claims that no table of models answers: C-1, C-4, P-3 and P-4 look inside a model."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distillers.common
+from data import Sampler
+from distillers.counterfactual import CKD, block_margins, weights_of
+from distillers.several_teachers import PRMKD, teacher_weights
+from evaluate import evaluate, fuse, one_scale
+from experiments.lab import (
+    Job,
+    Lab,
+    each_alone,
+    embeddings,
+    judge,
+    learn_all,
+    load_teacher,
+    seeded,
+    settings,
+    spread,
+    teachers_for,
+)
+from experiments.methods import FOUR, learn_teachers
+from experiments.publish import markdown, plain
+from promptmm import Config, Pair, Run, Student, Teacher, scores, table
+
+NAME_CKD, NAME_PRM, NAME_KDSR = FOUR[1:]
+
+
+class Finding(NamedTuple):
+    """An experiment's rows, their table, its outcome: yes, no, against, or "" (none)."""
+
+    name: str
+    text: str
+    rows: list
+    table: str
+    outcome: str
+
+
+def by_seeds(differences) -> str:
+    """Is the mean difference over seeds beyond two standard errors, and which way?
+
+    >>> by_seeds([0.1, 0.11, 0.09]), by_seeds([0.1, -0.1]), by_seeds([-0.2, -0.21])
+    ('yes', 'no', 'against')
+    """
+    found = spread(differences)
+    error = 2 * found["std"] / np.sqrt(len(found["runs"]))
+    if abs(found["mean"]) <= error or len(found["runs"]) < 2:
+        return "no"
+    return "yes" if found["mean"] > 0 else "against"
+
+
+def recall_on_test(lab: Lab, pair: Pair) -> float:
+    dataset = lab.dataset
+    seen = dataset.train + dataset.val
+    return evaluate(*pair, dataset.test, seen)["recall@20"]
+
+
+# ------------------------------------------------------------ CKD
+
+
+@torch.no_grad()
+def in_mode(teacher: Teacher, m: str) -> Pair:
+    """The teacher with all modalities but m at their means, users' and items' (C-1).
+
+    The final rows are replaced. Replaced before propagation, a mean would become different
+    by degree, and popularity leak in.
+    """
+    pairs = [one_scale((teacher.user, teacher.item))]
+    for name, f in teacher.reduced().items():
+        user, item = one_scale(teacher.propagate(f))
+        if name != m:
+            user, item = (part.mean(0).expand_as(part) for part in (user, item))
+        pairs.append((user, item))
+    return fuse(pairs, [1.0, *teacher.modality_weights().values()])
+
+
+def modes(lab: Lab, seeds: int) -> Finding:
+    """C-1: joint training leaves each modality worse than a uni-modal teacher of it."""
+    config = settings(lab, NAME_CKD)
+    teachers = seeded(Job("Teacher", config), seeds)
+    learn_all(lab, "C-1", teachers)
+    learn_teachers(lab, [Job(NAME_CKD, config)], seeds)
+    rows, found = [], []
+    for m, place in each_alone(lab).items():
+        joint = [
+            recall_on_test(lab, in_mode(load_teacher(lab, j.config), m)) for j in teachers
+        ]
+        alone = [judge(place, *job)["recall@20"].mean() for job in teachers]
+        found.append(by_seeds(np.subtract(alone, joint)))
+        row = {"modality": m, "joint, in its mode": spread(joint), "alone": spread(alone)}
+        rows.append(row | {"alone is better": found[-1]})
+    most = [one for one in ("yes", "against") if found.count(one) > len(found) / 2]
+    text = "alone, a modality is trained better than jointly"
+    return Finding("C-1", text, rows, plain(rows), most[0] if most else "no")
+
+
+class Watched(CKD):
+    """CKD that keeps the mean w_m of each epoch."""
+
+    def __init__(self, run: Run, student: Student, teachers):
+        super().__init__(run, student, teachers)
+        self.log: list[list[Tensor]] = []
+
+    def each_epoch(self):
+        self.log.append([])
+
+    def terms(self, user, item, logits, users, lists):
+        margins = block_margins((user, item), users, lists[:, :2], self.blocks)
+        self.log[-1].append(weights_of(margins, self.config.effect).mean(1).detach())
+        return super().terms(user, item, logits, users, lists)
+
+
+def weights_by_epoch(lab: Lab, seeds: int) -> Finding:
+    """C-4: the weakest modality gets the largest weight."""
+    rows = []
+    for job in seeded(Job(NAME_CKD, settings(lab, NAME_CKD)), seeds):
+        teachers = teachers_for(lab, job)
+        if not teachers:
+            continue
+        made: list[Watched] = []
+
+        def method(*arguments, made=made):
+            made.append(Watched(*arguments))
+            return made[0]
+
+        trained_with(lab, job.config, method, teachers)
+        by_epoch = torch.stack([torch.stack(one).mean(0) for one in made[0].log])  # [e, M]
+        for n, m in enumerate(teachers):
+            alone = recall_on_test(lab, teachers[m])
+            first, last = (float(by_epoch[e, n]) for e in (0, -1))
+            row = {"seed": job.config.seed, "modality": m, "alone": alone}
+            row |= {"w, first epoch": first, "w, last epoch": last}
+            rows.append(row | {"curve": by_epoch[:, n].tolist()})
+    text = "the weakest modality gets the largest weight"
+    names = ("seed", "modality", "alone", "w, first epoch", "w, last epoch")
+    return Finding("C-4", text, rows, markdown(rows, {n: n for n in names}), order(rows))
+
+
+def order(rows: list[dict]) -> str:
+    """Of mean weights at the end and mean recalls alone: yes if opposite ends meet."""
+    means = {}
+    for m in {row["modality"] for row in rows}:
+        own = [(row["alone"], row["w, last epoch"]) for row in rows if row["modality"] == m]
+        means[m] = np.mean(own, axis=0)
+    if len(means) < 2:
+        return "no"
+    weakest, strongest = (pick(means, key=lambda m: means[m][0]) for pick in (min, max))
+    heaviest = max(means, key=lambda m: means[m][1])
+    return {weakest: "yes", strongest: "against"}.get(heaviest, "no")
+
+
+def trained_with(lab: Lab, config: Config, method, teachers) -> Pair:
+    """A student under teachers that no lab knows: trained anew, not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), lab.dataset, config, lab.device, {})
+        return distillers.common.train(run, method, teachers)
+
+
+# ------------------------------------------------------------ PRM-KD
+
+
+def useless_teachers(lab: Lab, seeds: int) -> Finding:
+    """P-3: weights protect from teachers that know nothing: noise, and MF-BPR."""
+    lost: dict[str, list[float]] = {"weighted": [], "uniform": []}
+    for job in seeded(Job(NAME_PRM, settings(lab, NAME_PRM)), seeds):
+        mf = Job("MF-BPR", replace(settings(lab, "MF-BPR"), seed=job.config.seed))
+        teachers = teachers_for(lab, job)
+        if not teachers:
+            continue
+        torch.manual_seed(job.config.seed)
+        noise = tuple(
+            table(len(part), part.shape[1]).detach() for part in teachers["joint"]
+        )
+        worse = tuple(embeddings(lab, *mf))
+        more = teachers | {"noise": noise, "mf": worse}
+        for name, weight in (("weighted", 1.0), ("uniform", 0.0)):
+            config = replace(job.config, confidence=weight, consistency=weight)
+            pairs = [trained_with(lab, config, PRMKD, pool) for pool in (teachers, more)]
+            before, after = (recall_on_test(lab, pair) for pair in pairs)
+            lost[name].append(before - after)
+    rows = [{"weights": k, "Recall@20 lost": spread(v)} for k, v in lost.items() if v]
+    found = by_seeds(np.subtract(lost["uniform"], lost["weighted"])) if rows else "no"
+    text = "weights protect from useless teachers"
+    return Finding("P-3", text, rows, plain(rows) if rows else "", found)
+
+
+@torch.no_grad()
+def memory(lab: Lab, seeds: int) -> Finding:
+    """P-4: are the teachers' mean weights in the same order where they did not train?"""
+    config = settings(lab, NAME_PRM)
+    teachers = teachers_for(lab, Job(NAME_PRM, config))
+    text = "teachers are as sure of items they have not seen"
+    if not teachers:
+        return Finding("P-4", text, [], "No modality weighs anything here.", "no")
+    run = Run(None, lab.dataset, config, lab.device, {})
+    method = PRMKD(run, Student(lab.dataset.train, config, lab.device), teachers)
+    names = [*teachers, "spectral"]
+    rows = [{"teacher": name} for name in names]
+    for split in ("train", "val"):
+        sampler = Sampler(getattr(lab.dataset, split), lab.device)
+        generator = torch.Generator(lab.device).manual_seed(0)
+        users, lists = sampler.epoch(generator, method.width - 1)
+        lists = method.extend(users, lists) if method.extend else lists
+        told = torch.stack([scores(*pair, users, lists) for pair in method.teachers])
+        log_p = (told / config.temperature).log_softmax(-1)  # [T, B, K]
+        weights = teacher_weights(log_p, config.confidence, config.consistency).mean(1)
+        for row, weight in zip(rows, weights.tolist(), strict=False):
+            row[split] = weight
+    orders = [sorted(range(len(rows)), key=lambda t: rows[t][s]) for s in ("train", "val")]
+    same = "yes" if orders[0] == orders[1] else "against"
+    return Finding("P-4", text, rows, plain(rows), same)

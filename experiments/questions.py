@@ -1,0 +1,168 @@
+"""Claims of the three neighbours that a table of models answers: rows, reference, judge."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.inside import by_seeds
+from experiments.lab import Job, Lab, judge, settings
+from experiments.methods import ALONE, FOUR, START, content_start
+
+CKD, PRM, KDSR = FOUR[1:]
+SINGLE = ("joint", "modal", "lightgcn", "spectral")
+
+
+def outcome(row: dict, reference: dict, sign: int = 1) -> str:
+    """Is a row better than the reference (sign -1: worse), significantly and by seeds?"""
+    gains = np.subtract(row["recall@20"]["runs"], reference["recall@20"]["runs"]) * sign
+    significant = row.get("p", 1.0) < 0.05
+    agree = (gains > 0).mean() >= 0.8  # four of five
+    if significant and gains.mean() > 0 and agree:
+        return "yes"
+    return "against" if significant and gains.mean() < 0 else "no"
+
+
+class Question(NamedTuple):
+    """A claim that is answered by a table of models."""
+
+    name: str
+    text: str
+    rows: Callable[[Lab], dict[str, Job]]
+    reference: str
+    judge: Callable[[Lab, dict[str, dict]], str]
+
+
+def one_changed(model: str, changes: dict[str, dict]) -> Callable[[Lab], dict[str, Job]]:
+    def rows(lab: Lab) -> dict[str, Job]:
+        full = settings(lab, model)
+        jobs = {model: Job(model, full)}
+        for name, change in changes.items():
+            jobs[name] = Job(model, replace(full, **change))
+        return jobs
+
+    return rows
+
+
+def full_is_best(model: str) -> Callable[[Lab, dict[str, dict]], str]:
+    """No row is better, and at least one that lacks a part is worse."""
+
+    def judged(lab: Lab, rows: dict[str, dict]) -> str:
+        full = rows[model]
+        found = [outcome(row, full) for name, row in rows.items() if name != model]
+        if "yes" in found:
+            return "against"
+        return "yes" if "against" in found else "no"
+
+    return judged
+
+
+def beats(name: str, reference: str) -> Callable[[Lab, dict[str, dict]], str]:
+    return lambda lab, rows: outcome(rows[name], rows[reference])
+
+
+def beats_best_single(lab: Lab, rows: dict[str, dict]) -> str:
+    """PRM-KD against the single teacher that is best on validation, one seed."""
+    jobs = prm_teachers(lab)
+
+    def validation(name: str) -> float:
+        return float(judge(lab, *jobs[name], split="val")["recall@20"].mean())
+
+    best = max((f"{one} alone" for one in SINGLE), key=validation)
+    return outcome(rows[best], rows[PRM], sign=-1) if best in rows else "no"
+
+
+def prm_teachers(lab: Lab) -> dict[str, Job]:
+    single = {f"{one} alone": {"taught_by": one} for one in SINGLE}
+    rows = one_changed(PRM, single | {"lists of random items": {"list_items": "random"}})
+    return rows(lab) | {ALONE: Job(ALONE, settings(lab, ALONE))}
+
+
+def main_rows(lab: Lab) -> dict[str, Job]:
+    names = (ALONE, "PromptMM", CKD)
+    return {name: Job(name, settings(lab, name)) for name in names}
+
+
+def weighted(lab: Lab) -> dict[str, Job]:
+    full = settings(lab, PRM)
+    kinds = {"uniform": (0.0, 0.0), "confidence only": (1.0, 0.0)}
+    kinds |= {"consistency only": (0.0, 1.0), "both": (1.0, 1.0)}
+    named = ("confidence", "consistency")
+    return {
+        name: Job(PRM, replace(full, **dict(zip(named, values, strict=True))))
+        for name, values in kinds.items()
+    }
+
+
+def kdsr_parts(lab: Lab) -> dict[str, Job]:
+    changes = {
+        "w/o holistic": {"lambda_holistic": 0.0},
+        "w/o dissected": {"lambda_dissected": 0.0},
+        "slow = 1": {"slow": 1.0},
+        "fresh start": {"start": "fresh"},
+    }
+    return one_changed(KDSR, changes)(lab) | {START: content_start(lab)}
+
+
+def on_both(lab: Lab) -> dict[str, Job]:
+    alone, taught = settings(lab, ALONE), settings(lab, KDSR)
+    rows = {}
+    for name, layers in (("L = 0", 0), ("L as found", alone.student_layers)):
+        rows[f"{ALONE}, {name}"] = Job(ALONE, replace(alone, student_layers=layers))
+        rows[f"{KDSR}, {name}"] = Job(KDSR, replace(taught, student_layers=layers))
+    return rows
+
+
+def gains_on_both(lab: Lab, rows: dict[str, dict]) -> str:
+    """By seeds alone: each pair has a reference of its own."""
+    found = []
+    for name in ("L = 0", "L as found"):
+        runs = [rows[f"{model}, {name}"]["recall@20"]["runs"] for model in (KDSR, ALONE)]
+        found.append(by_seeds(np.subtract(*runs)))
+    return found[0] if len(set(found)) == 1 else "no"
+
+
+CKD_CHANGES = {
+    "λ_s = 0": {"lambda_specific": 0.0},
+    "λ_g = 0": {"lambda_generic": 0.0},
+    "all weights 1": {"effect": "none"},
+    "effect by row": {"effect": "row"},
+    "joint teacher for every m": {"taught_by": "joint"},
+    "one block for all": {"blocks": False},
+}
+TABLES = (
+    Question(
+        "C-2",
+        "each part of CKD helps",
+        one_changed(CKD, CKD_CHANGES),
+        CKD,
+        full_is_best(CKD),
+    ),
+    Question("C-3", "CKD beats LightGCN", main_rows, ALONE, beats(CKD, ALONE)),
+    Question(
+        "P-1", "several teachers beat the best one", prm_teachers, PRM, beats_best_single
+    ),
+    Question("P-2", "weights beat a mean", weighted, "uniform", beats("both", "uniform")),
+    Question(
+        "P-5",
+        "curriculum: a row, no claim",
+        one_changed(PRM, {"curriculum of 20 epochs": {"curriculum": 20}}),
+        PRM,
+        lambda lab, rows: "",
+    ),
+    Question(
+        "D-2",
+        "KDSR gains by more than its start",
+        kdsr_parts,
+        START,
+        beats(KDSR, START),
+    ),
+    Question(
+        "D-4",
+        "KDSR gains with and without a graph",
+        on_both,
+        f"{ALONE}, L = 0",
+        gains_on_both,
+    ),
+)
