@@ -23,7 +23,7 @@ ROOT = Path(promptmm.__file__).parent
 README = (ROOT / "README.md").read_text()
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
 CORE = ("promptmm", "data", "losses", "evaluate")
-PACKAGES = ("baselines", "distillers", "experiments")
+PACKAGES = ("baselines", "distillers", "experiments", "lessons")
 CODE = [ROOT / f"{name}.py" for name in CORE]
 CODE += [file for name in PACKAGES for file in sorted((ROOT / name).glob("*.py"))]
 
@@ -141,7 +141,7 @@ def owner_of(file: Path) -> str:
 
 
 def test_imports_go_one_way():
-    for file in [*CODE, *(ROOT / "lessons").glob("*.py")]:
+    for file in CODE:
         assert not forbidden(owner_of(file), file.read_text()), file
     assert {file.stem for file in ROOT.glob("*.py")} == set(CORE)
 
@@ -170,7 +170,8 @@ def test_a_forbidden_import_is_seen(owner, line):
 def test_nothing_but_experiments_reads_results():
     for file in CODE:
         if file.parent.name != "experiments":
-            assert '"results' not in file.read_text(), file
+            reads = file.read_text().replace('parents[1] / "results" / "lessons"', "")
+            assert '"results' not in reads, file  # lessons write their pictures there
             assert "tune.json" not in file.read_text(), file
 
 

@@ -1,0 +1,110 @@
+"""The loss falls, the ranking is wrong: where is the bug?
+
+Paper: Eq. 2 and Section 4.1.3; the bug is one that the released code has.
+
+What do you expect? Two LightGCNs, alike but for the matrix they propagate over. One matrix
+has a bug. Both losses fall. Four prints follow; find the bug in them before you read on.
+    a) The wrong one cannot learn: its loss would stay where it was.
+    b) It learns, and ranks worse than no graph at all would.
+    c) It learns, and ranks nearly as well: training repairs it.
+
+The output (numbers move by ± 0.03 on another machine):
+
+"""
+
+# %%
+import numpy as np
+import torch
+from scipy import sparse
+
+import data
+from experiments.errata import released_adjacency
+from lessons import common
+from promptmm import Student, adjacency
+
+
+# %%
+def scaled(nodes):
+    """D^-1/2 M D^-1/2 of a matrix of nodes: what is wrong is not this."""
+    degrees = (np.diff(part.indptr) for part in (nodes.tocsr(), nodes.tocsc()))
+    rows, columns = (sparse.diags(np.maximum(d, 1) ** -0.5) for d in degrees)
+    return (rows @ nodes @ columns).tocsr()
+
+
+class Over(Student):
+    """LightGCN over any matrix M [U+I, U+I]: the mean of E, M E and M M E."""
+
+    def __init__(self, train, config, nodes):
+        torch.manual_seed(config.seed)
+        super().__init__(train, config)
+        coo = nodes.tocoo()
+        cells = torch.from_numpy(np.stack([coo.row, coo.col])).long()
+        values = torch.from_numpy(coo.data).float()
+        self.nodes = torch.sparse_coo_tensor(
+            cells, values, coo.shape, check_invariants=True
+        )
+
+    def forward(self):
+        ids = torch.cat([self.user, self.item])  # [U+I, d]
+        once = torch.sparse.mm(self.nodes, ids)
+        total = ids + once + torch.sparse.mm(self.nodes, once)
+        return (total / 3).split([len(self.user), len(self.item)])
+
+
+def measure(seed: int = 0, quick: bool = False) -> dict:
+    dataset = data.synthetic(seed=seed, **common.SMALL)
+    config = common.short(seed, quick, epochs=20)
+    wrong, right = scaled(released_adjacency(dataset.train)), adjacency(dataset.train)
+    n_users = dataset.train.shape[0]
+    found = {"taken": dataset.train[0].indices[:3], "users": n_users}
+    for name, nodes in ("no graph", 0 * right), ("matrix 1", wrong), ("matrix 2", right):
+        model = Over(dataset.train, config, nodes)
+        recall = common.recall(common.by_bpr(model, dataset, config), dataset)
+        size = abs(nodes).sum()
+        found[name] = {
+            "1. BPR, first validation": f"{model.losses[0]:.3f}",
+            "   last": f"{model.losses[-1]:.3f}",
+            "   test Recall@20": f"{recall:.3f}",
+            "2. sum of |M - M'|, of |M|": f"{abs(nodes - nodes.T).sum():.0f}, {size:.0f}",
+            "3. last column of a user's row": nodes[:n_users].nonzero()[1].max(initial=0),
+            "4. columns of the first row": nodes[0].nonzero()[1][:3],
+        }
+    return found
+
+
+def show(found: dict) -> str:
+    names = "no graph", "matrix 1", "matrix 2"
+    lines = [f"{'':32}" + "".join(f"{name:>20}" for name in names)]
+    for row in found["no graph"]:
+        lines.append(f"{row:32}" + "".join(f"{str(found[n][row]):>20}" for n in names))
+    end = f"of {found['users']} users, the first took items {found['taken']}"
+    return "\n".join([*lines, f"   ({end})"])
+
+
+def claim(found: dict) -> bool:
+    """Both losses fall; the wrong graph ranks below the right one, and below none."""
+    one, two, three = [list(found[name].values()) for name in list(found)[2:]]
+    falls = all(float(run[1]) < float(run[0]) for run in (one, two, three))
+    return falls and float(two[2]) < min(float(one[2]), float(three[2]) - 0.01)
+
+
+# %% [markdown]
+# What it means: the columns of matrix 1 are those of the right cells, but items are not
+# shifted by the number of users: A and A' stand on the diagonal, and "item 3" is user 3. So
+# users average users who share nothing with them. BPR falls all the same, for the tables
+# are free to fit the training edges: a loss says that something is learnt, not what.
+#
+# What it does not show: what this costs the released model, which has other parts too.
+
+# %% [markdown]
+# Your turn: `adjacency(train)` [U, I] -> D^-1/2 [[0, A], [A', 0]] D^-1/2, users first, a
+# sparse matrix [U+I, U+I]. Check: python -m lessons.5_graph --check mine.py
+YOURS = "adjacency"
+
+
+# %% [markdown]
+# Next: let users and items be equally many; which of the prints still tells? Read:
+# promptmm.adjacency; errata C1, C16-C18.
+# %%
+if __name__ == "__main__":
+    raise SystemExit(common.run(globals()))

@@ -1,0 +1,248 @@
+"""What the lessons share: a short training, the command line, a picture.
+
+Nothing here is part of an answer. A lesson has `measure(seed, quick)`, the numbers;
+`show(found)`, its output; `claim(found)`, what it says about them, as a test; `YOURS`, the
+name of the function to write, which hints.py checks; perhaps `draw(axes, found)`.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import runpy
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Dataset, principal
+from evaluate import best_unobserved, evaluate, one_scale
+from promptmm import (
+    Config,
+    Pair,
+    Run,
+    Student,
+    bpr_terms,
+    fit,
+    scores,
+    stage_two,
+    train_student,
+    train_teacher,
+)
+
+PICTURES = Path(__file__).parents[1] / "results" / "lessons"
+SMALL = {  # of data.synthetic: enough for a gain that three seeds show
+    "users": 800,
+    "items": 500,
+    "interactions": 8000,
+    "unexplained": 0.1,
+    "dims": {"acoustic": 48, "text": 64, "visual": 96},
+}
+SHORT = {  # of Config: the search's settings, with large steps and few epochs
+    "dim": 32,
+    "dim_teacher": 32,
+    "student_layers": 3,
+    "l2": 0.01,
+    "lambda_list": 10.0,
+    "batch": 2048,
+    "batch_teacher": 4096,
+    "lr_student": 0.02,
+    "lr_teacher": 0.01,
+    "epochs": 40,
+    "eval_every": 5,
+    "patience": 3,
+    "patience_teacher": 1,
+}
+
+
+def short(seed: int, quick: bool, **changes) -> Config:
+    """Settings of a training of seconds; with `quick`, of two epochs."""
+    few = {"epochs": 2, "eval_every": 1} if quick else {}
+    return Config(**{**SHORT, "seed": seed, **few, **changes})
+
+
+@contextlib.contextmanager
+def training(dataset: Dataset, config: Config) -> Iterator[Run]:
+    """A Run as the core's stages take it: its folder is temporary, its log unseen."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield Run(Path(folder), dataset, config, torch.device("cpu"), {})
+
+
+def recall(pair: Pair, dataset: Dataset) -> float:
+    """Recall@20 on test of embeddings [U, d], [I, d]."""
+    exclude = dataset.train + dataset.val
+    return evaluate(*pair, dataset.test, exclude, ks=(20,))["recall@20"]
+
+
+def taught(dataset: Dataset, config: Config) -> tuple[Pair, Pair]:
+    """LightGCN, and the teacher that stands on it, its logits of deviation 1."""
+    with training(dataset, config) as run:
+        lightgcn = train_student(run, "alone")
+        encode = stage_two(train_teacher(run, lightgcn), config)
+    return lightgcn, encode()[:2] if encode else one_scale(lightgcn)
+
+
+def by_bpr(model: Student, dataset: Dataset, config: Config) -> Pair:
+    """Train what ranks as a student does, on the triplets alone (Eq. 13)."""
+
+    def terms(users, lists):
+        return bpr_terms(model, scores(*model(), users, lists), users, lists, config.l2)
+
+    groups = [{"params": list(model.parameters()), "lr": config.lr_student}]
+    with training(dataset, config) as run:
+        fit(run, "student", model, groups, 2, terms, model)
+        model.losses = [row["bpr"] for row in run.state["rows"]]
+    with torch.no_grad():
+        return model()
+
+
+def distil(run: Run, teacher: Pair, loss: Callable) -> Pair:
+    """The student under BPR and one more loss, the loop that all ways of distilling share.
+
+    loss(logits [B, K], taught [B, K], own [B, d], told [B, d]) -> []: student's and
+    teacher's logits on lists of a positive, a random negative and ten of the teacher's best
+    unobserved items; and item embeddings, the teacher's in d principal components.
+    """
+    config, train = run.config, run.dataset.train
+    torch.manual_seed(config.seed)
+    student = Student(train, config)
+    best, _ = best_unobserved(*teacher, train, config.list_pool)  # [U, N]
+    centred = teacher[1] - teacher[1].mean(0)  # [I, D]
+    components = centred @ principal(centred, config.dim)[0]  # [I, d]
+
+    def extend(users, lists):
+        column = torch.randint(best.shape[1], (len(users), config.negatives))
+        return torch.cat([lists, best[users[:, None], column]], dim=1)  # [B, K]
+
+    def terms(users, lists):
+        user, item = student()  # [U, d], [I, d]
+        logits = scores(user, item, users, lists)  # [B, K]
+        drawn = lists[:, 1]  # a random item  [B]
+        told = scores(*teacher, users, lists), item[drawn], components[drawn]
+        own = bpr_terms(student, logits, users, lists, config.l2)
+        return own | {"kd": loss(logits, *told)}
+
+    groups = [{"params": list(student.parameters()), "lr": config.lr_student}]
+    fit(run, "student", student, groups, 2, terms, student, extend=extend)
+    with torch.no_grad():
+        return student()
+
+
+GROUPS = {"all": (0, 10**9), "never": (0, 0), "1-10": (1, 10), "> 10": (11, 10**9)}
+
+
+def by_popularity(pair: Pair, dataset: Dataset) -> dict[str, float]:
+    """Test Recall@20 of the items that training has so often, by GROUPS."""
+    times = np.asarray(dataset.train.sum(0))  # [1, I]
+    seen = dataset.train + dataset.val
+    found = {}
+    for name, (low, high) in GROUPS.items():
+        target = dataset.test.multiply((times >= low) & (times <= high)).tocsr()
+        target.eliminate_zeros()
+        found[name] = evaluate(*pair, target, seen, ks=(20,))["recall@20"]
+    return found
+
+
+# ------------------------------------------------------------ stored and printed output
+
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?%?")
+
+
+def stored(doc: str) -> tuple[str, float, float]:
+    """The output that a docstring keeps, and how far numbers and percentages may move."""
+    _, head, block = re.split(r"^(The output.*):\n", doc, maxsplit=1, flags=re.M)
+    within = [float(number) for number in re.findall(r"± ([\d.]+)", head)]
+    return textwrap.dedent(block).strip("\n").rstrip(), within[0], within[-1]
+
+
+def differences(kept: str, printed: str, within: float, percent: float) -> list[str]:
+    """What differs: words, whole numbers at all, others by more than they may."""
+    words = [NUMBER.sub("#", text).split() for text in (kept, printed)]
+    if words[0] != words[1]:
+        return [f"words: {words}"]
+    pairs = zip(NUMBER.findall(kept), NUMBER.findall(printed), strict=True)
+    return [f"{a}, now {b}" for a, b in pairs if not close(a, b, within, percent)]
+
+
+def close(a: str, b: str, within: float, percent: float) -> bool:
+    if a.endswith("%") and b.endswith("%"):
+        return abs(float(a[:-1]) - float(b[:-1])) <= percent
+    if "." in a and "." in b:
+        return abs(float(a) - float(b)) <= within + 1e-9
+    return a == b
+
+
+# ------------------------------------------------------------ your turn
+
+
+def hint(lesson: dict, file: str) -> str:
+    """What is wrong with the function that a file defines; "" if nothing is."""
+    name = lesson["YOURS"]
+    yours = runpy.run_path(file).get(name)
+    if yours is None:
+        return f"{file} defines no function {name}."
+    return judge(name, yours)
+
+
+def judge(name: str, yours: Callable) -> str:
+    """What lessons/hints.py says; what a function raises is a hint too."""
+    from lessons import hints
+
+    try:
+        return getattr(hints, name)(yours)
+    except Exception as error:  # a student's function may raise anything
+        found = f"{type(error).__name__}: {error}"
+        return f"It does not give what is asked for, or fails on the way ({found})."
+
+
+# ------------------------------------------------------------ command line
+
+
+def run(lesson: dict, argv: list[str] | None = None) -> int:
+    """Answer the question, or check an answer to "your turn". lesson: its globals()."""
+    parser = argparse.ArgumentParser(description=lesson["__doc__"].splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="seconds; says nothing yet")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training")
+    parser.add_argument("--check", metavar="FILE", help="with your function in it")
+    args, _ = parser.parse_known_args(argv)  # an editor's kernel has flags of its own
+    if args.check:
+        found = hint(lesson, args.check)
+        print(f"Not yet. {found}" if found else "Right: it agrees with the core.")
+        return int(bool(found))
+    found = lesson["measure"](args.seed, args.quick)
+    print(lesson["show"](found))
+    if args.quick:
+        print("(--quick: trained too shortly to mean anything)")
+    elif "draw" in lesson and args.seed == 0:
+        picture(lesson, found)
+    return 0
+
+
+def picture(lesson: dict, found) -> None:
+    """results/lessons/<name>.png, where matplotlib is installed."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+        lesson["draw"](figure.subplots(), found)
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        name = Path(lesson["__file__"]).stem
+        figure.savefig(PICTURES / f"{name}.png")
+        print(f"picture: results/lessons/{name}.png", file=sys.stderr)
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
