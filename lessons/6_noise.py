@@ -2,12 +2,24 @@
 
 Paper: Section 4.2 and Table 4, where stars mark p < 0.05; the test is not named.
 
-What do you expect? Ten LightGCNs differ by nothing but their random seed. Each pair is
-compared by a paired test over the users. How many pairs "differ" with p < 0.05?
-    a) about 5 %   b) none, for it is one model   c) many more than 5 %
+What do you expect? Ten LightGCNs differ by nothing but their random seed. One of them is
+called the baseline, the nine others are the rows of a table, and a paired test over the
+users gives a star for p < 0.05. In how many of the ten such tables is there a star?
+    a) In none: it is one model.
+    b) In few: a test at 5 % is wrong in 5 %.
+    c) In many.
 
-The output (numbers move by ± 0.35 on another machine: which pairs differ is chance):
+The output (11 s of one core; elsewhere recalls ± 0.03, and which differ is chance: ± 70 %):
 
+test Recall@20, mean over the trainings       0.276
+its standard error, over the users            0.010
+its deviation, over the seeds                 0.008
+one training: epoch chosen on validation      0.289
+the same, epoch chosen on test                0.296
+pairs with p < .05, users drawn                 18%
+five seeds against five, users drawn            18%
+five against five, users and seeds drawn         0%
+nine rows against a tenth: some star            90%
 """
 
 # %%
@@ -20,9 +32,6 @@ from evaluate import evaluate, paired_test
 from experiments.errata import curves
 from lessons import common
 from promptmm import train_student
-
-# %% [markdown]
-# Ten trainings, and each user's recall in each of them.
 
 
 # %%
@@ -41,8 +50,10 @@ def p_values(groups) -> np.ndarray:
 
 
 def measure(seed: int = 0, quick: bool = False) -> dict:
-    dataset = data.synthetic(seed=seed, **common.SMALL)
-    configs = [common.short(s, quick, dim=16, epochs=20) for s in range(4 if quick else 10)]
+    dataset = data.synthetic(
+        seed=seed, **{**common.SMALL, "users": 2000, "interactions": 20_000}
+    )
+    configs = [common.short(s, quick, dim=16, epochs=15) for s in range(4 if quick else 10)]
     runs = np.stack([per_user(dataset, config) for config in configs])  # [seeds, n]
     pairs = list(combinations(range(len(runs)), 2))
     p = p_values([(runs[i], runs[j]) for i, j in pairs])
@@ -79,17 +90,17 @@ def show(found: dict) -> str:
 
 
 def claim(found: dict) -> bool:
-    """Users alone find differences where there are none; with the seeds drawn, not."""
-    return found["pairs"] > 0.05 and found["both"] <= 0.05 and found["stars"] > 0.25
+    """Users alone find differences where there are none; with the seeds drawn, hardly."""
+    return found["both"] <= 0.05 <= found["users"] and found["stars"] >= 0.2
 
 
 # %% [markdown]
-# What it means: c). Drawing users asks whether *these two trainings* differ, and they do.
-# The question is whether the *models* do, so the seeds must be drawn too. With nine
-# rows some star is likely, so p is corrected for their number (Holm). The epoch chosen on
-# test is never worse there: part of it is luck.
+# What it means: c). Drawing users asks whether *these two trainings* differ, and some do.
+# The question is whether the *models* do, so the seeds must be drawn too. Nine rows are
+# nine chances of a star, so p is corrected for their number (Holm). The epoch chosen on
+# test is never worse there, for the same runs: part of it is luck.
 #
-# What it does not show: that seeds always matter so much. These trainings are short.
+# What it does not show: how often. The trainings are short, and another ten differ.
 
 # %% [markdown]
 # Your turn: the paired bootstrap. `p_value(a, b, rng)`: recalls [n] of two models for the

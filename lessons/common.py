@@ -224,7 +224,7 @@ def run(lesson: dict, argv: list[str] | None = None) -> int:
 
 
 def picture(lesson: dict, found) -> None:
-    """results/lessons/<name>.png, where matplotlib is installed."""
+    """Drawn into results/lessons/<name>.png, where matplotlib is installed."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
