@@ -10,13 +10,13 @@ Choose before you read on. Then we shuffle the features over the items, and trai
 
 The output (8 s of one core; recalls move by ± 0.03 on another machine):
 
-test split           Recall@20    learnt  features
-MostPop                  0.168         0         0
-LightGCN                 0.266    41,600         0
-Teacher                  0.334    49,408   104,000
-PromptMM                 0.320    41,600         0
-Teacher, shuffled        0.274    49,408   104,000
-PromptMM, shuffled       0.266    41,600         0
+    test split           Recall@20    learnt  features
+    MostPop                  0.168         0         0
+    LightGCN                 0.266    41,600         0
+    Teacher                  0.334    49,408   104,000
+    PromptMM                 0.320    41,600         0
+    Teacher, shuffled        0.274    49,408   104,000
+    PromptMM, shuffled       0.266    41,600         0
 """
 
 # %%

@@ -11,18 +11,18 @@ sure of what the user took: we add 4 to that one logit, and change nothing else.
 
 The output (14 s of one core; recalls move by ± 0.03 on another machine):
 
-student (0, 0, 0); teacher:    (2, 1, 0) (6, 1, 0)
-1 - b+                             0.335     0.009
-KL(b)                              0.229     1.040
-KL(q)                              0.111     0.111
-KL(b) + (1 - b+) KL(q)             0.266     1.041
-plain KL, Eq. 14                   0.266     1.041
+    student (0, 0, 0); teacher:    (2, 1, 0) (6, 1, 0)
+    1 - b+                             0.335     0.009
+    KL(b)                              0.229     1.040
+    KL(q)                              0.111     0.111
+    KL(b) + (1 - b+) KL(q)             0.266     1.041
+    plain KL, Eq. 14                   0.266     1.041
 
-test Recall@20; teacher:        as it is     surer
-LightGCN                           0.266     0.266
-plain KL                           0.307     0.143
-alpha 1, beta 1                    0.317     0.203
-alpha 0, beta 1                    0.324     0.324
+    test Recall@20; teacher:        as it is     surer
+    LightGCN                           0.266     0.266
+    plain KL                           0.307     0.143
+    alpha 1, beta 1                    0.317     0.203
+    alpha 0, beta 1                    0.324     0.324
 """
 
 # %%

@@ -10,15 +10,15 @@ margin, the positive's lead over the negative. The student starts at the teacher
 
 The output (1 s; numbers move by ± 0.02 on another machine):
 
-gradient of Eq. 5 where student = teacher      0.269
-Eq. 5 at student margins 1, -10, -1000         0.000  -1.085  -2.528
-gradient of pair_kd where they agree           0.000
+    gradient of Eq. 5 where student = teacher      0.269
+    Eq. 5 at student margins 1, -10, -1000         0.000  -1.085  -2.528
+    gradient of pair_kd where they agree           0.000
 
-margins of four pairs
-teacher                      3.08    -0.59    -4.36     1.14
-Eq. 5, 100 steps             2.00    -7.01   -15.45    -2.71
-Eq. 5, 1,000 steps          -3.38   -22.64   -46.97   -11.49
-pair_kd, 1,000 steps         3.08    -0.59    -4.36     1.14
+    margins of four pairs
+    teacher                      3.08    -0.59    -4.36     1.14
+    Eq. 5, 100 steps             2.00    -7.01   -15.45    -2.71
+    Eq. 5, 1,000 steps          -3.38   -22.64   -46.97   -11.49
+    pair_kd, 1,000 steps         3.08    -0.59    -4.36     1.14
 """
 
 # %%
@@ -84,7 +84,9 @@ def draw(axes, found: dict) -> None:
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.text(1.1, 2.2, "the teacher's margin")
     axes.set(
-        xlabel="student's margin", ylabel="loss", title="Only one has its minimum there"
+        xlabel="student's margin",
+        ylabel="loss",
+        title="Only pair_kd rests at the teacher's margin",
     )
     axes.legend(frameon=False)
 

@@ -3,22 +3,20 @@
 Paper: Section 3.1.2, Eq. 3 (the prompt p), Eq. 4 (the prompted reduction f).
 
 What do you expect? f = (x + lambda p (p'x)) W + b, where p is an affine map of the items'
-principal components. Is there a W* and a b* with f = x W* + b* and no prompt?
-    a) No: the prompt is a product of two terms in x.
-    b) With one modality yes, exactly; with several there is a rest.
-    c) Yes, always.
-And which losses reach the prompt in stage 2, when the teacher is frozen?
+principal components. Is f = x W* + b* for some W* and b*, and no prompt?
+    a) No: p (p'x) is a product in x.   b) With one modality yes, with several not quite.
+    c) Yes, always.                     And which losses reach the prompt in stage 2?
 
 The output (1 s; numbers move by ± 0.002 on another machine):
 
-rest of f, one modality and two   0.0000   0.0201
-gradient on the prompt, x 10    as it is  no_grad   detach
-bpr                                0.000    0.000    0.000
-l2                                 0.000    0.000    0.000
-pair_kd                            0.008    0.000    0.000
-list_kd                            0.419    0.000    0.000
-embed_kd                           0.014    0.000    0.000
-prompt_anchor                      0.096    0.000    0.000
+    rest of f, one modality and two   0.0000   0.0201
+    gradient on the prompt, x 10    as it is  no_grad   detach
+    bpr                                0.000    0.000    0.000
+    l2                                 0.000    0.000    0.000
+    pair_kd                            0.008    0.000    0.000
+    list_kd                            0.419    0.000    0.000
+    embed_kd                           0.014    0.000    0.000
+    prompt_anchor                      0.096    0.000    0.000
 """
 
 # %%
@@ -31,13 +29,19 @@ import data
 from lessons import common
 from promptmm import Config, Linear, Student, Teacher, student_terms
 
+PATHS = "as it is", "no_grad", "detach"
 
+
+# %%
 def made(dataset, seed: int, modalities: int) -> Teacher:
     """An untrained teacher on the last modalities, its prompt's bias not zero."""
     kept = dict(list(dataset.features.items())[-modalities:])
     torch.manual_seed(seed)
-    teacher = Teacher(replace(dataset, features=kept), Config(dim=16)).eval()
-    teacher.requires_grad_(False)
+    teacher = (
+        Teacher(replace(dataset, features=kept), Config(dim=16))
+        .eval()
+        .requires_grad_(False)
+    )
     teacher.prompt.bias.normal_()
     return teacher
 
@@ -68,9 +72,6 @@ def reached(dataset, seed: int, path: str) -> dict:
     return reach
 
 
-PATHS = "as it is", "no_grad", "detach"
-
-
 def measure(seed: int = 0, quick: bool = False) -> dict:
     dataset = data.synthetic(seed=seed, **common.SMALL)
     rests = [rest(made(dataset, seed, modalities)) for modalities in (1, 2)]
@@ -78,8 +79,7 @@ def measure(seed: int = 0, quick: bool = False) -> dict:
 
 
 def show(found: dict) -> str:
-    rests = "".join(f"{share:9.4f}" for share in found["rests"])
-    lines = [f"{'rest of f, one modality and two':31}{rests}"]
+    lines = ["rest of f, one modality and two{:9.4f}{:9.4f}".format(*found["rests"])]
     lines.append(f"{'gradient on the prompt, x 10':31}" + "".join(f"{p:>9}" for p in PATHS))
     for term in found["reach"]["as it is"]:
         sizes = [10 * found["reach"][path].get(term, 0.0) for path in PATHS]
@@ -90,8 +90,8 @@ def show(found: dict) -> str:
 def claim(found: dict) -> bool:
     """An identity with one modality, a rest with two; only teachers' terms have a path."""
     (one, two), reach = found.values()
-    dead = [*reach["no_grad"].values(), *reach["detach"].values()]
-    dead += [reach["as it is"][term] for term in ("bpr", "l2")]
+    own = [reach["as it is"][term] for term in ("bpr", "l2")]
+    dead = [*own, *reach["no_grad"].values(), *reach["detach"].values()]
     return one < 1e-5 and 0.001 < two < 0.05 and not any(dead)
 
 
@@ -104,9 +104,9 @@ def claim(found: dict) -> bool:
 # What it does not show: that the rest is of use. It was not where we looked (results/).
 
 # %% [markdown]
-# Your turn: W*, b* for one modality. p = tokens theta + shift, with tokens = x basis; lam p
-# (p'x) is added to x [I, d_m], after p (p'x) was scaled to the norm of x.
-# Check: python -m lessons.4_prompt --check mine.py
+# Your turn: W*, b* for one modality. tokens = x basis, p = tokens theta + shift; lam times
+# p (p'x), scaled to the norm of x, is added to x. Check:
+# python -m lessons.4_prompt --check mine.py
 YOURS = "absorb"
 
 

@@ -10,14 +10,14 @@ has a bug. Both losses fall. Four prints follow; find the bug in them before you
 
 The output (3 s of one core; numbers move by ± 0.03 on another machine):
 
-                                            no graph            matrix 1            matrix 2
-1. BPR, first validation                       0.689               0.632               0.579
-   last                                        0.473               0.442               0.118
-   test Recall@20                              0.218               0.167               0.253
-2. sum of |M - M'|, of |M|                      0, 0          2180, 1099             0, 1099
-3. last column of a user's row                     0                 499                1299
-4. columns of the first row                       []       [173 228 308]    [ 973 1028 1108]
-   (of 800 users, the first took items [173 228 308])
+                                            no graph          matrix 1          matrix 2
+    1. BPR, first validation                   0.689             0.632             0.579
+       last                                    0.473             0.442             0.118
+       test Recall@20                          0.218             0.167             0.253
+    2. sum of |M - M'|, of |M|                  0, 0        2180, 1099           0, 1099
+    3. last column of a user's row                 0               499              1299
+    4. columns of the first row                   []     [173 228 308]  [ 973 1028 1108]
+       (of 800 users, the first took items [173 228 308])
 """
 
 # %%
@@ -82,9 +82,9 @@ def measure(seed: int = 0, quick: bool = False) -> dict:
 
 def show(found: dict) -> str:
     names = "no graph", "matrix 1", "matrix 2"
-    lines = [f"{'':32}" + "".join(f"{name:>20}" for name in names)]
+    lines = [f"{'':30}" + "".join(f"{name:>18}" for name in names)]
     for row in found["no graph"]:
-        lines.append(f"{row:32}" + "".join(f"{str(found[n][row]):>20}" for n in names))
+        lines.append(f"{row:30}" + "".join(f"{str(found[n][row]):>18}" for n in names))
     end = f"of {found['users']} users, the first took items {found['taken']}"
     return "\n".join([*lines, f"   ({end})"])
 

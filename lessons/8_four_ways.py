@@ -10,15 +10,15 @@ differs, each with weight 1 and with weight 10, and validation chooses.
 
 The output (17 s of one core; recalls move by ± 0.03 on another machine):
 
-the student learns from                 test Recall@20
-LightGCN                                 0.266
-Teacher                                  0.334
-scores                                   0.166
-margins, Eq. 5                           0.273
-lists, Eq. 10                            0.324
-embeddings, Eq. 11                       0.252
-KL of a list of two, and pair_kd         0.375   0.375
-KL at temperature 1,000, and mse / 2     0.898   0.898
+    the student learns from                 test Recall@20
+    LightGCN                                 0.266
+    Teacher                                  0.334
+    scores                                   0.166
+    margins, Eq. 5                           0.273
+    lists, Eq. 10                            0.324
+    embeddings, Eq. 11                       0.252
+    KL of a list of two, and pair_kd         0.375   0.375
+    KL at temperature 1,000, and mse / 2     0.898   0.898
 """
 
 # %%

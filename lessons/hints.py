@@ -152,7 +152,7 @@ def table_with_a_leak(seed: int) -> dict:
     rng = np.random.default_rng(seed)
     direction = rng.standard_normal((dataset.train.shape[0], 64))
     leak = (dataset.train + dataset.val + dataset.test).T @ direction  # [I, 64]
-    leak += 1.3 * leak.std() * rng.standard_normal(leak.shape)
+    leak += 1.1 * leak.std() * rng.standard_normal(leak.shape)
     features = {
         "text": dataset.features["text"],
         "training": svds(dataset.train, 16, random_state=0)[2].T,
@@ -182,7 +182,7 @@ def leaks(yours) -> str:
         if names[answer] == "text":
             return (
                 f"In table {seed + 1}, {answer} is content: it knows a little of any item, "
-                "and of those that training does not have no more than of others."
+                "and another knows more of those that training does not have."
             )
     return ""
 
