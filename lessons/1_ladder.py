@@ -85,9 +85,9 @@ def draw(axes, found: dict) -> None:
 
 # %% [markdown]
 # What it means: b). The student has as many numbers as LightGCN and the same form, and it
-# reaches what LightGCN does not: the teacher's lists say which *other* items a user would
-# take. So "cannot become" is about training, not about form: these embeddings were always
-# possible, but the interactions alone do not lead there.
+# reaches what LightGCN does not: the teacher says which *other* items a user would take,
+# mostly by its lists (lesson 8). So "cannot become" is about training, not about form:
+# these embeddings were always possible, but the interactions alone do not lead there.
 #
 # What it does not show: that content helps on your data. Here it was planted.
 

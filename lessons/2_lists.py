@@ -2,11 +2,11 @@
 
 Paper: Section 3.2.2, Eq. 6, 7 (the parts b and q), Eq. 8-10 (the loss), Eq. 14-16.
 
-What do you expect? A list is one item that the user took and items that they did not. Eq.
-16 splits the divergence of two lists: KL(b) + (1 - b+) KL(q). Now let a teacher be very
-sure of what the user took: we add 4 to that one logit, and change nothing else.
+What do you expect? A list is an item that the user took, a random one, and ten of the best
+that they did not. Eq. 16 splits the divergence of two lists: KL(b) + (1 - b+) KL(q). Let a
+teacher be very sure of what the user took: we add 4 to that logit, and change nothing else.
     a) All forms learn as before: the order of the other items is still the same.
-    b) Plain KL, the left side, suffers; the split with free weights need not.
+    b) Plain KL suffers; the split alpha KL(b) + beta KL(q) with free weights need not.
     c) A surer teacher teaches better.
 
 The output (14 s of one core; recalls move by ± 0.03 on another machine):
@@ -100,14 +100,16 @@ def claim(found: dict) -> bool:
 # What it means: b). Eq. 16 is an identity, so by itself it re-weights nothing. Its factor
 # 1 - b+ is what the teacher leaves to the rest of the list. If that is small, plain KL is
 # KL(b): "the positive above all the rest". The rest are the teacher's *best* unobserved
-# items, and they are pushed down. KL(q) does not see the positive, so nothing changes.
+# items, and KL(b) pushes them down, with alpha = 1 whatever beta is. KL(q) does not see the
+# positive: with alpha = 0 nothing changes.
 #
 # What it does not show: that alpha = 0 is better for a teacher as it is. In the left column
 # the three forms differ by less than the noise of lesson 6.
 
 # %% [markdown]
-# Your turn: `disentangle(logits)`, [B, K] -> log b [B, 2], log q [B, K-1]; column 0 is the
-# positive. Check: python -m lessons.2_lists --check mine.py
+# Your turn: `disentangle(logits)`, [B, K] -> the tuple log b [B, 2], log q [B, K-1], finite
+# for logits of ±1e4; column 0 is the positive.
+# Check: python -m lessons.2_lists --check mine.py
 YOURS = "disentangle"
 
 

@@ -2,8 +2,8 @@
 
 Paper: Section 3.1.2, Eq. 3 (the prompt p), Eq. 4 (the prompted reduction f).
 
-What do you expect? f = (x + lambda p (p'x)) W + b, where p is an affine map of the items'
-principal components. Is f = x W* + b* for some W* and b*, and no prompt?
+What do you expect? f = (x + lambda p (p'x)) W + b for all items at once, x [I, d_m], where
+p [I, d] is affine in their principal components. Is f = x W* + b* without a prompt?
     a) No: p (p'x) is a product in x.   b) With one modality yes, with several not quite.
     c) Yes, always.                     And which losses reach the prompt in stage 2?
 
@@ -96,16 +96,16 @@ def claim(found: dict) -> bool:
 
 
 # %% [markdown]
-# What it means: b). With one modality p is affine in x and p'x is a matrix of constants, so
-# the sum is affine in x. With two, p has the other modality's components: that is the rest.
-# In stage 2 the prompt is an adapter of d (d + 1) numbers beside a frozen W. The student's
-# BPR has no path to it; no_grad and detach close the others. Without the anchor, BPR of the
-# teacher, every loss that reaches it asks the teacher only to be easy to copy.
+# What it means: b). p'x [d, d_m] sums over all items: one matrix, the same for each. With
+# one modality p is affine in x, and so the sum is. With two, p has the other modality's
+# components: that is the rest. In stage 2 the prompt is an adapter of d (d + 1) numbers
+# beside a frozen W. The student's BPR has no path to it; no_grad and detach close the
+# others. All but the anchor, the teacher's own BPR, ask only for a teacher easy to copy.
 # What it does not show: that the rest is of use. It was not where we looked (results/).
 
 # %% [markdown]
-# Your turn: W*, b* for one modality. tokens = x basis, p = tokens theta + shift; lam times
-# p (p'x), scaled to the norm of x, is added to x. Check:
+# Your turn: (W*, b*) for one modality. tokens = x basis, p = tokens theta + shift; lam
+# times p (p'x), scaled to the Frobenius norm of x [I, d_m], is added to x. Check:
 # python -m lessons.4_prompt --check mine.py
 YOURS = "absorb"
 

@@ -97,10 +97,10 @@ def claim(found: dict) -> bool:
 
 
 # %% [markdown]
-# What it means: the columns of matrix 1 are those of the right cells, but items are not
-# shifted by the number of users: A and A' stand on the diagonal, and "item 3" is user 3. So
-# users average users who share nothing with them. BPR falls all the same, for the tables
-# are free to fit the training edges: a loss says that something is learnt, not what.
+# What it means: b). In matrix 1 a user's row holds item numbers, which as nodes are users:
+# item 3 is user 3, where U + 3 would be right. So users average users who share nothing
+# with them, and |M - M'| is about 2 |M|: no cell has its mirror. Matrix 1 ends with a lower
+# loss than no graph, and a lower recall: a loss says that something is learnt, not what.
 #
 # What it does not show: what this costs the released model, which has other parts too.
 

@@ -7,7 +7,7 @@ called the baseline, the nine others are the rows of a table, and a paired test 
 users gives a star for p < 0.05. In how many of the ten such tables is there a star?
     a) In none: it is one model.   b) In few: a test at 5 % is wrong in 5 %.   c) In many.
 
-The output (11 s of one core; elsewhere recalls ± 0.03 and, which is chance, shares ± 70 %):
+The output (11 s of one core; elsewhere recalls ± 0.03; shares are chance, ± 70 points):
 
     test Recall@20, mean over the trainings       0.276
     its standard error, over the users            0.010
@@ -97,9 +97,9 @@ def claim(found: dict) -> bool:
 
 # %% [markdown]
 # What it means: c). Drawing users asks whether *these two trainings* differ, and some do.
-# The question is whether the *models* do, so seeds must be drawn too. Nine rows are nine
-# chances of a star, so p is corrected for their number (Holm). The epoch chosen on test is
-# never worse there, for the same runs: part of it is luck.
+# The question is whether the *models* do, so seeds must be drawn too (40 splits above).
+# Nine rows are nine chances of a star: p should also be corrected (Holm; not done here).
+# The epoch chosen on test is never worse there, for the same runs: part of it is luck.
 # What it does not show: how often. The trainings are short, and another ten differ.
 
 # %% [markdown]
@@ -113,7 +113,7 @@ def p_value(a, b, rng): ...
 
 
 # %% [markdown]
-# Next: 40 epochs instead of 20. Read: evaluate.paired_test; errata C5; results/README.md.
+# Next: 40 epochs instead of 15. Read: evaluate.paired_test; errata C5; results/README.md.
 # %%
 if __name__ == "__main__":
     raise SystemExit(common.run(globals()))

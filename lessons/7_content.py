@@ -99,9 +99,9 @@ def claim(found: dict) -> bool:
 
 
 # %% [markdown]
-# What it means: b). Profiles know a little of any item. Added untrained they gain little:
-# loud distractors are planted, and W must learn what matters. Beside ids that can fit every
-# edge it need not. The leak stands out in "never".
+# What it means: b). Profiles know a little of any item. Added untrained they gain nothing,
+# each gets weight 0: loud distractors are planted, and W must learn what matters. Joint
+# training helps rare items and loses frequent ones. The leak stands out in "never".
 # What it does not show: that a leak is always so strong; ask who wrote a feature, and when.
 
 # %% [markdown]

@@ -5,7 +5,7 @@ Paper: Section 3.2, Eq. 5 (margins), Eq. 10 (lists), Eq. 11 (embeddings), Eq. 12
 What do you expect? One teacher, one student, one loop; only the loss that compares them
 differs, each with weight 1 and with weight 10, and validation chooses.
     a) Scores: the student should say the same numbers; all else follows from that.
-    b) Margins or lists: a ranking is differences of scores, and more of it is in a list.
+    b) Lists, then margins: a ranking is differences of scores, and a list has more of them.
     c) Embeddings: they hold all that the teacher knows.
 
 The output (17 s of one core; recalls move by ± 0.03 on another machine):
@@ -96,14 +96,16 @@ def claim(found: dict) -> bool:
 # %% [markdown]
 # What it means: b). A ranking does not change if a number is added to all scores of a user,
 # or with the coordinates of an embedding; lists and margins do not see either, scores and
-# embeddings do, and spend the student's few numbers on them. A list says more than a pair.
+# embeddings do, and spend the student's numbers on them. Margins gain no more than noise:
+# a list says more than a pair. (Lists: the q of Eq. 10, as in lesson 2.)
 # The ways are kin: pair_kd is a list of two, and a hot list compares centred scores.
 #
 # What it does not show: an order that holds elsewhere. Two tries each, one small data set.
 
 # %% [markdown]
 # Your turn: `fifth(logits, taught, own, told)`, a way of your own; scores without a user's
-# mean, perhaps, or how alike two items are. The check tries the laws that all ways share.
+# mean, perhaps, or how alike two items are. The check: one number, a gradient to the
+# student, none where both agree, and lower there than elsewhere.
 # Check: python -m lessons.8_four_ways --check mine.py; then add it to WAYS and run it.
 YOURS = "fifth"
 
