@@ -100,8 +100,8 @@ def list_kd(
     log_b_s, log_q_s = disentangle(student_logits / temperature)
     log_b_t, log_q_t = disentangle(teacher_logits / temperature)
     weight = log_b_t[:, 1].exp() if isinstance(beta, str) else beta  # b-_T = 1 - b+_T
-    on_b = _kl_rows(log_b_t, log_b_s)  # [B]
-    on_q = _kl_rows(log_q_t, log_q_s)  # [B]
+    on_b = kl_rows(log_b_t, log_b_s)  # [B]
+    on_q = kl_rows(log_q_t, log_q_s)  # [B]
     return temperature**2 * (alpha * on_b + weight * on_q).mean()
 
 
@@ -116,11 +116,11 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     """
     student = (student_logits / temperature).log_softmax(-1)  # [B, K]
     teacher = (teacher_logits / temperature).log_softmax(-1)  # [B, K]
-    return temperature**2 * _kl_rows(teacher, student).mean()
+    return temperature**2 * kl_rows(teacher, student).mean()
 
 
-def _kl_rows(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """KL(t ‖ s) of each row of log-probabilities: [B, K], [B, K] -> [B]."""
+def kl_rows(log_t: Tensor, log_s: Tensor) -> Tensor:
+    """KL(t ‖ s) of each row of log-probabilities: [..., K], [..., K] -> [...]."""
     return (log_t.exp() * (log_t - log_s)).sum(-1)
 
 

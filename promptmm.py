@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,7 +293,7 @@ class Teacher(nn.Module):
         user, item = lightgcn or (torch.zeros(n, config.dim) for n in (n_users, n_items))
         self.register_buffer("user", user)
         self.register_buffer("item", item)
-        self.register_buffer("weights", torch.ones(len(eta)))
+        self.register_buffer("weights", torch.ones(len(eta)))  # until `weigh`
         self.to(device)
         with torch.no_grad():
             content = {m: layer.xw * self.filled[m] for m, layer in self.fixed().items()}
@@ -1004,7 +1005,8 @@ def _parser() -> Parser:
 
 def _start(args: argparse.Namespace) -> Run:
     """Check everything a run needs, then make or reopen its folder."""
-    folder = Path(args.out or f"runs/{Path(args.data or 'synthetic').resolve().name}")
+    name = realpath(args.data or "synthetic")  # of a loop of links too
+    folder = Path(args.out or f"runs/{Path(name).name}")
     _check_flags(args)
     _check_folder(folder, args)
     stored = _stored(folder) if args.resume else {}
@@ -1051,7 +1053,7 @@ def _check_folder(folder: Path, args: argparse.Namespace) -> None:
         file = folder / "config.json"
         ours = file.exists() and b'"fingerprint"' in file.read_bytes()
         need(ours, f"{folder}: expected a run to replace, found no config.json of one")
-    other = not args.data or folder.resolve() != Path(args.data).resolve()
+    other = not args.data or realpath(folder) != realpath(args.data)
     need(other, f"{folder}: the dataset's own folder; expected another for the run")
 
 

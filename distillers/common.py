@@ -5,11 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 
-from evaluate import best_unobserved
 from promptmm import (
+    Distillation,
     Encoded,
     Losses,
     Pair,
@@ -38,19 +37,17 @@ class Distiller(NamedTuple):
     slow: float = 1.0  # by how much the item table's step is smaller than the others'
 
 
-class TopLists:
-    """Lists that end in a teacher's own best items, as PromptMM's do (errata P14)."""
+def lists_of(run: Run, joint: Pair) -> Distillation:
+    """PromptMM's lists under a joint teacher (errata P14), for other methods too."""
+    encoded = Encoded(*joint, {}, {})
+    return Distillation(run, lambda: encoded)
 
-    def __init__(self, teacher: Pair, train: sparse.csr_matrix, pool: int, n: int):
-        self.best, _ = best_unobserved(*teacher, train, pool)  # [U, N]
-        self.n = n
 
-    def extend(self, users: Tensor, lists: Tensor) -> Tensor:
-        """Lists [B, 2] of users [B], and n of the teacher's best drawn anew: [B, 2 + n]."""
-        pool = self.best.shape[1]
-        column = torch.randint(pool, (len(users), self.n), device=users.device)
-        items = self.best.take(pool * users[:, None] + column)  # [B, n]
-        return torch.cat([lists, items], dim=1)
+def with_drawn(taught: Distillation, users: Tensor, lists: Tensor) -> Tensor:
+    """Lists of users [B], and what `lists_of` draws for them: [B, 2 + K - 1]."""
+    if not taught.from_top:
+        return lists
+    return torch.cat([lists, taught.draw(users)[0]], dim=1)
 
 
 def teachers_of(encoded: Encoded) -> Teachers:

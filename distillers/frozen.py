@@ -4,10 +4,11 @@ With the prompt frozen the teacher is a set of embeddings like any other, and st
 this. A test holds it equal to `promptmm.student_terms`.
 """
 
-import torch
+from functools import partial
+
 from torch import Tensor, nn
 
-from distillers.common import Distiller, Teachers
+from distillers.common import Distiller, Teachers, with_drawn
 from promptmm import Distillation, Encoded, Losses, Run, Student, kd_terms
 
 
@@ -22,10 +23,6 @@ def promptmm(run: Run, student: Student, teachers: Teachers) -> Distiller:
         told = encoded, taught.project
         return kd_terms(run.config, logits, student_item, users, lists, *told)
 
-    def extend(users: Tensor, lists: Tensor) -> Tensor:
-        if not taught.from_top:
-            return lists
-        return torch.cat([lists, taught.draw(users)[0]], dim=1)
-
     modules: dict[str, nn.Module] = {"project": taught.project}
+    extend = partial(with_drawn, taught)
     return Distiller(terms, modules, taught.width, taught.refresh, extend)

@@ -24,6 +24,7 @@ one, and of the joint teacher's best items (`list_items`), or all random.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from data import Sampler
-from distillers.common import Teachers, TopLists, of_method
+from distillers.common import Teachers, lists_of, of_method, with_drawn
+from losses import kl_rows
 from promptmm import Config, Device, Losses, Pair, Run, Student, adjacency, scores
 
 LISTS = 4096  # of training edges, by which a teacher's scale is measured, once
@@ -65,13 +67,8 @@ def _divergence(log_p: Tensor, t: int) -> Tensor:
         return torch.zeros_like(own[:, 0])
     mean = others.logsumexp(0) - math.log(len(others))  # [B, K]
     middle = torch.logaddexp(own, mean) - math.log(2)  # [B, K]
-    halves = _kl_rows(own, middle) + _kl_rows(mean, middle)  # [B]
+    halves = kl_rows(own, middle) + kl_rows(mean, middle)  # [B]
     return (halves / 2 / math.log(2)).clamp(0, 1)
-
-
-def _kl_rows(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """KL(t ‖ s) of each row of log-probabilities [..., K]: [...]."""
-    return (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 def multi_kd(
@@ -95,7 +92,7 @@ def multi_kd(
         raise ValueError(f"teachers: expected [T, B, K], T ≥ 1 and K ≥ 2, found {found}")
     student = (student_logits / temperature).log_softmax(-1)  # [B, K]
     teacher = (teacher_logits / temperature).log_softmax(-1)  # [T, B, K]
-    rows = (weights * _kl_rows(teacher, student)).sum(0)  # [B]
+    rows = (weights * kl_rows(teacher, student)).sum(0)  # [B]
     return temperature**2 * rows.mean()
 
 
@@ -156,7 +153,7 @@ class PRMKD:
         "negatives": (5, 10, 50),
         "list_items": ("top", "random"),
     }
-    each_epoch, slow = None, 1.0
+    slow = 1.0
 
     @staticmethod
     def needs(config: Config) -> tuple[str, ...]:
@@ -166,10 +163,9 @@ class PRMKD:
         self.config: Settings = run.config
         self.run, self.modules = run, {}
         config, train = self.config, run.dataset.train
-        n, top = config.negatives, config.list_items == "top"
-        self.width = 2 if top else 1 + n
-        best = TopLists(teachers["joint"], train, config.list_pool, n)
-        self.extend = best.extend if top else None
+        lists = lists_of(run, teachers["joint"])
+        self.width, self.each_epoch = lists.width, lists.refresh
+        self.extend = partial(with_drawn, lists)
         if config.taught_by in ("all", "spectral"):
             teachers = {**teachers, "spectral": spectral(train, 2 * config.dim, run.device)}
         self.sampler = Sampler(train, run.device)

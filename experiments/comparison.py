@@ -100,10 +100,8 @@ def popularity(lab: Lab, seeds: int) -> Output:
     shares = {group: f"{target.nnz / test.nnz:.1%}" for group, target in groups.items()}
     rows = [{"model": "share of the test interactions"} | shares]
     for model, job in jobs.items():
-        row = {"model": model}
-        for group, target in groups.items():
-            row[group] = spread([recall(lab, one, target) for one in seeded(job, seeds)])
-        rows.append(row)
+        pairs = [embeddings(lab, *one) for one in seeded(job, seeds)]
+        rows.append({"model": model} | by_group(lab, pairs, groups))
     text = markdown(
         rows, {"model": "items seen in training"} | {name: name for name in GROUPS}
     )
@@ -145,9 +143,17 @@ def by_popularity(
     return parts
 
 
-def recall(lab: Lab, job: Job, target: sparse.csr_matrix) -> float:
-    """Recall@20 of one trained model on a part of the test split; 0 on an empty part."""
+def by_group(lab: Lab, pairs: list, groups: dict[str, sparse.csr_matrix]) -> dict:
+    """Recall@20 on every part of the test split, of one model's seeds: E_u, E_i each."""
+    row = {}
+    for group, target in groups.items():
+        row[group] = spread([recall(lab, pair, target) for pair in pairs])
+    return row
+
+
+def recall(lab: Lab, pair, target: sparse.csr_matrix) -> float:
+    """Recall@20 of E_u [U, e], E_i [I, e] on a part of the test split; 0 if it is empty."""
     if not target.nnz:
         return 0.0
     exclude = lab.dataset.train + lab.dataset.val
-    return evaluate(*embeddings(lab, *job), target, exclude)["recall@20"]
+    return evaluate(*pair, target, exclude)["recall@20"]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from evaluate import paired_test
-from experiments.comparison import GROUPS, by_popularity, recall
+from experiments.comparison import GROUPS, by_group, by_popularity
 from experiments.lab import (
     Job,
     Lab,
@@ -197,9 +197,6 @@ def tail(lab: Lab, jobs: dict[str, Job], seeds: int) -> list[dict]:
     groups = by_popularity(lab.dataset.train, lab.dataset.test)
     rows = []
     for name in (ALONE, *FOUR):
-        row = {"model": name}
-        for group, target in groups.items():
-            runs = [recall(lab, one, target) for one in seeded(jobs[name], seeds)]
-            row[group] = spread(runs)
-        rows.append(row)
+        pairs = [embeddings(lab, *one) for one in seeded(jobs[name], seeds)]
+        rows.append({"model": name} | by_group(lab, pairs, groups))
     return rows

@@ -5,6 +5,7 @@ are their doctests.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, strategies as st
 
 import data
 from distillers import correlation, counterfactual, several_teachers
-from distillers.common import TopLists, train
+from distillers.common import lists_of, train, with_drawn
 from distillers.content import (
     centred,
     codebook,
@@ -35,7 +36,7 @@ from distillers.counterfactual import (
 )
 from distillers.several_teachers import PRMKD, multi_kd, spectral, teacher_weights
 from losses import kl, pair_kd
-from promptmm import Run, Student, bpr_terms, margin, scores
+from promptmm import Config, Run, Student, bpr_terms, margin, scores
 
 seeds = st.integers(0, 10_000)
 positive = st.floats(0.1, 10)
@@ -496,18 +497,21 @@ def test_lists_end_in_the_teachers_best(tiny, batch):
     """The same best items as PromptMM's lists draw from; anew for each edge."""
     users, lists = batch
     teacher = some_teachers(tiny)["joint"]
-    top = TopLists(teacher, tiny.train, 5, 4)
-    found = top.extend(users, lists[:, :2])
+    config = Config(list_pool=5, negatives=4)
+    run = Run(Path(), tiny, config, torch.device("cpu"), {})
+    top = lists_of(run, teacher)
+    top.refresh()
+    found = with_drawn(top, users, lists[:, :2])
     assert torch.equal(found[:, :2], lists[:, :2]) and found.shape == (64, 6)
     ranked = teacher[0] @ teacher[1].T
     ranked[tiny.train.nonzero()] = -torch.inf
     best = ranked.topk(5).indices
     for user, items in zip(users.tolist(), found[:, 2:].tolist(), strict=True):
         assert set(items) <= set(best[user].tolist())
-    assert not torch.equal(found, top.extend(users, lists[:, :2]))
+    assert not torch.equal(found, with_drawn(top, users, lists[:, :2]))
     assert made(PRMKD, tiny)[0].width == 2
     random, _ = made(PRMKD, tiny, list_items="random")
-    assert (random.width, random.extend) == (4, None)
+    assert random.width == 4 and random.extend(users, lists) is lists
 
 
 # ------------------------------------------------------------ KDSR: losses

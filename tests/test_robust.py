@@ -546,3 +546,13 @@ def test_sigkill_as_a_file_appears_is_resumed_to_the_same_figures(name, here):
     assert figures(here / "killed") == figures(here / "whole")
     names = [{f.name for f in (here / run).iterdir()} for run in ("killed", "whole")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("flag", ["--data", "--out"])
+def test_a_loop_of_links_is_one_line(flag, here):
+    """Whatever it is given for: named, status 2, and no traceback."""
+    (here / "loop").symlink_to("loop")
+    status, out, err = call([flag, str(here / "loop"), "--quick"])
+    assert (status, out) == (2, "")
+    [line] = [one for one in err.splitlines() if one.startswith("error: ")]
+    assert "loop" in line and "unexpected" not in line
