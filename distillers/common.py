@@ -40,7 +40,9 @@ class Distiller(NamedTuple):
 def lists_of(run: Run, joint: Pair) -> Distillation:
     """PromptMM's lists under a joint teacher (errata P14), for other methods too."""
     encoded = Encoded(*joint, {}, {})
-    return Distillation(run, lambda: encoded)
+    lists = Distillation(run, lambda: encoded)
+    lists.refresh()  # once: this teacher stays as it is
+    return lists
 
 
 def with_drawn(taught: Distillation, users: Tensor, lists: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class PRMKD:
         "negatives": (5, 10, 50),
         "list_items": ("top", "random"),
     }
-    slow = 1.0
+    each_epoch, slow = None, 1.0
 
     @staticmethod
     def needs(config: Config) -> tuple[str, ...]:
@@ -164,8 +164,7 @@ class PRMKD:
         self.run, self.modules = run, {}
         config, train = self.config, run.dataset.train
         lists = lists_of(run, teachers["joint"])
-        self.width, self.each_epoch = lists.width, lists.refresh
-        self.extend = partial(with_drawn, lists)
+        self.width, self.extend = lists.width, partial(with_drawn, lists)
         if config.taught_by in ("all", "spectral"):
             teachers = {**teachers, "spectral": spectral(train, 2 * config.dim, run.device)}
         self.sampler = Sampler(train, run.device)

@@ -500,7 +500,6 @@ def test_lists_end_in_the_teachers_best(tiny, batch):
     config = Config(list_pool=5, negatives=4)
     run = Run(Path(), tiny, config, torch.device("cpu"), {})
     top = lists_of(run, teacher)
-    top.refresh()
     found = with_drawn(top, users, lists[:, :2])
     assert torch.equal(found[:, :2], lists[:, :2]) and found.shape == (64, 6)
     ranked = teacher[0] @ teacher[1].T
