@@ -171,8 +171,8 @@ class Graph:
     def __init__(self, train: sparse.csr_matrix, device: Device = "cpu"):
         nodes = adjacency(train)
         n_users = train.shape[0]
-        self.ui = _csr_tensor(nodes[:n_users, n_users:], device)  # Â_ui [U, I]
-        self.iu = _csr_tensor(nodes[n_users:, :n_users], device)  # Â_iu [I, U]
+        self.ui = csr_tensor(nodes[:n_users, n_users:], device)  # Â_ui [U, I]
+        self.iu = csr_tensor(nodes[n_users:, :n_users], device)  # Â_iu [I, U]
 
     def to_users(self, item: Tensor) -> Tensor:
         """Users read items, Â_ui item: [I, d] -> [U, d]."""
@@ -189,7 +189,8 @@ class Graph:
         return (of_user * of_item).rsqrt()
 
 
-def _csr_tensor(block: sparse.csr_matrix, device) -> Tensor:
+def csr_tensor(block: sparse.csr_matrix, device) -> Tensor:
+    """A SciPy matrix as torch's, on a device."""
     tensor = torch.sparse_csr_tensor(
         block.indptr, block.indices, block.data, block.shape, check_invariants=True
     )

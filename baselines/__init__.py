@@ -15,7 +15,28 @@ with the core's own loop; tests/test_registry.py holds each to the same contract
 no training at all (profiles of the content, LightGCN plus profiles) is in profile.py.
 """
 
+from baselines.bm3 import BM3
+from baselines.clcrec import CLCRec
+from baselines.freedom import FREEDOM
+from baselines.grcn import GRCN
+from baselines.lattice import LATTICE
 from baselines.lightgcn import LightGCN
 from baselines.mf_bpr import MFBPR
+from baselines.mmgcn import MMGCN
+from baselines.ngcf import NGCF
+from baselines.slmrec import SLMRec
+from baselines.vbpr import VBPR
 
-MODELS = {"MF-BPR": MFBPR, "LightGCN": LightGCN}
+MODELS = {  # in the paper's order, then two of later years
+    "MF-BPR": MFBPR,
+    "NGCF": NGCF,
+    "LightGCN": LightGCN,
+    "VBPR": VBPR,
+    "MMGCN": MMGCN,
+    "GRCN": GRCN,
+    "CLCRec": CLCRec,
+    "SLMRec": SLMRec,
+    "LATTICE": LATTICE,
+    "FREEDOM": FREEDOM,
+    "BM3": BM3,
+}

@@ -1,14 +1,30 @@
-"""What the comparison models share: how one is trained, and the search space of all."""
+"""What the comparison models share: training, the search space of all, features, graphs.
+
+train                       one model of MODELS, by the core's own loop
+raw, directions, standardised    the features as a model's paper takes them
+linear, reduced             maps of features; only the batch's rows where that costs less
+nearest, cosines, normalised     the item graph that LATTICE and FREEDOM learn from
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from scipy import sparse
+from torch import Tensor, nn
 
-from promptmm import Pair, Run, fit, load_finished
+from data import Dataset
+from evaluate import CHUNK_SCORES, top_items
+from losses import l2_penalty
+from promptmm import Device, Losses, Pair, Run, csr_tensor, fit, load_finished, setting
 
 GRID = {
     "lr_student": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "l2": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "batch": (0, 2048, 4096, 8192),
 }
+of_model = partial(setting, of="model")  # a field that is one model's own
 
 
 def train(run: Run, kind: type) -> Pair:
@@ -21,7 +37,151 @@ def train(run: Run, kind: type) -> Pair:
     groups = [{"params": list(model.parameters()), "lr": run.config.lr_student}]
     each_epoch = getattr(model, "each_epoch", None)
     if not load_finished(run, "model", model):
-        fit(run, "model", model, groups, kind.width, model.terms, model, each_epoch)
+        fit(run, "model", model, groups, model.width, model.terms, model, each_epoch)
     model.eval()
     with torch.no_grad():
-        return model()
+        user, item = model()
+    return user.detach(), item.detach()  # a model may return its very tables
+
+
+def l2_term(weight: float, *rows: Tensor) -> Losses:
+    """‖Θ‖² on the batch's rows of the tables (errata P8, B4); no term without a weight."""
+    return {"l2": weight * l2_penalty(*rows)} if weight else {}
+
+
+# ------------------------------------------------------------ features
+
+
+def raw(dataset: Dataset, device: Device) -> dict[str, Tensor]:
+    """x^m [I, d_m] as read, but for a scale: squares of the largest could overflow."""
+    features = {}
+    for m, x in dataset.features.items():
+        x = torch.from_numpy(x).to(device, torch.float32)
+        features[m] = x / x.abs().amax().clamp(min=1e-30)
+    return features
+
+
+def directions(dataset: Dataset, device: Device) -> dict[str, Tensor]:
+    """x^m as unit rows, not centred: what the published models take cosines of (B7)."""
+    return {m: F.normalize(x, dim=1) for m, x in raw(dataset, device).items()}
+
+
+def standardised(dataset: Dataset, device: Device) -> dict[str, Tensor]:
+    """x^m with columns of mean 0 and deviation 1, what linear maps read (B7).
+
+    Over the items that have content; the others' rows stay zero, as constant columns do.
+    """
+    features = {}
+    for m, x in raw(dataset, device).items():
+        filled = x.any(1, keepdim=True)  # [I, 1]
+        count = filled.sum().clamp(min=1)
+        x = (x - x.sum(0) / count) * filled
+        deviation = (x.square().sum(0) / count).sqrt()  # [d_m]
+        real = deviation > 1e-6 * deviation.amax()
+        features[m] = x * real / torch.where(real, deviation, 1.0)
+    return features
+
+
+def linear(width: int, out: int, bias: bool = True) -> nn.Linear:
+    """x W + b as every map here starts: Xavier, b zero."""
+    layer = nn.Linear(width, out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def maps(features: dict[str, Tensor], out: int, bias: bool = True) -> nn.ModuleList:
+    """A map to `out` numbers for each modality."""
+    return nn.ModuleList(linear(x.shape[1], out, bias) for x in features.values())
+
+
+def reduced(layer: nn.Linear, x: Tensor, items: Tensor) -> Tensor:
+    """layer(x) of items [n]: of these rows alone if they are fewer than all, [n, out]."""
+    if len(items) < len(x):
+        return layer(x.index_select(0, items))
+    return layer(x).index_select(0, items)
+
+
+# ------------------------------------------------------------ the item graph
+
+
+class Links(NamedTuple):
+    """Which items each item reads, in the order of `rows`."""
+
+    rows: Tensor  # [n], ascending
+    columns: Tensor  # [n]
+    start: Tensor  # where each row begins [I + 1]
+
+
+def nearest(x: Tensor, k: int) -> Links:
+    """Each item's k nearest by cosine, itself among them: x [I, d], of any scale.
+
+    A zero row takes no part, on either side (B8). Equal cosines go to the lower index.
+    Found in chunks: no [I, I] array is made.
+    """
+    x = F.normalize(x, dim=1)
+    empty = ~x.any(1)  # [I]
+    chunk = max(1, CHUNK_SCORES // len(x))
+    found = []
+    for some in x.split(chunk):
+        cosine = some @ x.T  # [c, I]
+        cosine[:, empty] = -torch.inf
+        found.append(top_items(cosine, min(k, len(x))))
+    values, index = (torch.cat(parts) for parts in zip(*found, strict=True))  # [I, k]
+    real = (values > -torch.inf) & ~empty[:, None]
+    count = real.sum(1)  # [I]
+    start = F.pad(count.cumsum(0), (1, 0))
+    return Links(real.nonzero()[:, 0], index[real], start)
+
+
+def cosines(x: Tensor, links: Links) -> Tensor:
+    """The links' cosines, negative ones as 0, with a gradient: x [I, d] -> [n]."""
+    x = F.normalize(x, dim=1)
+    ends = x.index_select(0, links.rows), x.index_select(0, links.columns)  # [n, d] each
+    return (ends[0] * ends[1]).sum(1).clamp(min=0)
+
+
+def row_sums(links: Links, weight: Tensor) -> Tensor:
+    """D: the sum of each row's weights [n] -> [I]."""
+    return weight.new_zeros(len(links.start) - 1).index_add(0, links.rows, weight)
+
+
+def normalised(links: Links, weight: Tensor, degree: Tensor) -> Tensor:
+    """D^-1/2 S D^-1/2 with row sums D on both sides, though S is not symmetric: [n].
+
+    >>> links = nearest(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), 2)
+    >>> weight = torch.tensor([1.0, 0.6, 1.0, 0.8, 1.0, 0.8])
+    >>> normalised(links, weight, row_sums(links, weight))[:2].mul(1e4).round().tolist()
+    [6250.0, 3536.0]
+    """
+    scale = degree.clamp(min=1e-12).rsqrt()  # [I]
+    return weight * scale.index_select(0, links.rows) * scale.index_select(0, links.columns)
+
+
+def read(links: Links, weight: Tensor, item: Tensor) -> Tensor:
+    """Σ_j s_ij item_j, with a gradient for weights [n] and item [I, d] -> [I, d]."""
+    return F.embedding_bag(
+        links.columns,
+        item,
+        links.start,
+        mode="sum",
+        per_sample_weights=weight,
+        include_last_offset=True,
+    )
+
+
+def constant(parts: list[tuple[Links, Tensor]], device: Device) -> Pair:
+    """The sum of weighted links as a matrix without gradient, and its transpose: [I, I].
+
+    What `promptmm.Product` multiplies by.
+    """
+    total: sparse.csr_matrix = 0
+    for links, weight in parts:
+        cells = (
+            part.detach().cpu().numpy() for part in (weight, links.columns, links.start)
+        )
+        n_items = len(links.start) - 1
+        total = total + sparse.csr_matrix(tuple(cells), shape=(n_items, n_items))
+    total.sort_indices()
+    return csr_tensor(total, device), csr_tensor(total.T.tocsr(), device)

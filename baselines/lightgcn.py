@@ -15,7 +15,7 @@ class LightGCN(Student):
     """
 
     Settings = Config
-    SPACE = GRID | {"student_layers": (1, 2, 3, 4)}
+    SPACE = {**GRID, "student_layers": (1, 2, 3, 4)}
     width = 2
 
     def __init__(self, dataset: Dataset, config: Config, device: Device = "cpu"):
