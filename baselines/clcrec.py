@@ -53,21 +53,26 @@ class CLCRec(nn.Module):
         n_users, n_items = dataset.train.shape
         self.user = table(n_users, config.dim)
         self.item = table(n_items, config.dim)
-        content = list(directions(dataset, device).values())
-        self.content = torch.cat(content, dim=1)  # [I, Σ d_m]
+        every = list(directions(dataset, device).values())  # n(x^m)
+        self.features = {"side by side": torch.cat(every, dim=1)}  # [I, Σ d_m]
         seen = torch.from_numpy(np.asarray(dataset.train.sum(0)).T > 0)  # [I, 1]
         self.trained = seen.to(device)
-        width = self.content.shape[1]
-        inner, outer = linear(width, HIDDEN), linear(HIDDEN, config.dim)
+        [x] = self.features.values()
+        inner, outer = linear(x.shape[1], HIDDEN), linear(HIDDEN, config.dim)
         self.encode = nn.Sequential(inner, nn.LeakyReLU(), outer)  # g
         self.to(device)
 
     def forward(self) -> Pair:
-        return self.user, torch.where(self.trained, self.item, self.encode(self.content))
+        return self.user, torch.where(self.trained, self.item, self.content())
+
+    def content(self) -> Tensor:
+        """g(x_i) of every item: [I, d]."""
+        [x] = self.features.values()
+        return self.encode(x)
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
         share, tau = self.config.weight_content, self.config.temperature
-        content = self.encode(self.content)  # g [I, d]
+        content = self.content()  # g [I, d]
         ids = scores(self.user, self.item, users, lists)  # [B, 1 + N]
         by_content = scores(self.user, content, users, lists)  # [B, 1 + N]
         swapped = torch.rand_like(ids) < self.config.replaced

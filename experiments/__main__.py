@@ -176,6 +176,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--tries", type=int, default=16, help="of tune, a model (default: 16)"
     )
+    parser.add_argument("--models", default="", help="of tune: these alone, A,B,…")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--out", type=Path, help="(default: results; with --quick: runs/quick)"
@@ -187,6 +188,8 @@ def parse(argv: list[str]) -> Namespace:
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     args = parser.parse_args(argv)
+    alone = args.models and args.part != "tune"
+    need(not alone, f"--models: expected with tune, found with {args.part}")
     need(
         args.seeds >= 0 and 1 < args.tries <= 24,
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
@@ -197,7 +200,9 @@ def parse(argv: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     lab = laboratory(args)
     if args.part in TUNES:
-        perform(lab, TUNES[args.part], args.force, tries=4 if args.quick else args.tries)
+        more = {"tries": 4 if args.quick else args.tries}
+        more |= {"models": args.models} if args.models else {}
+        perform(lab, TUNES[args.part], args.force, **more)
         return
     if args.part != "all":
         perform(lab, PARTS[args.part], args.force)

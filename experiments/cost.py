@@ -20,8 +20,18 @@ from scipy import sparse
 from torch import nn
 
 import data
+from baselines import MODELS
 from data import Dataset, Sampler
-from experiments.lab import Job, Lab, child, learn_all, module, settings, student_weights
+from experiments.lab import (
+    Job,
+    Lab,
+    child,
+    learn_all,
+    module,
+    settings,
+    settings_class,
+    student_weights,
+)
 from experiments.publish import Output, markdown
 from promptmm import (
     Config,
@@ -35,7 +45,9 @@ from promptmm import (
     train_epoch,
 )
 
-COSTS = ("teacher", "student, prompt tuned", "student, prompt frozen", "student alone")
+STAGES = ("teacher", "student, prompt tuned", "student, prompt frozen", "student alone")
+OTHERS = tuple(model for model in MODELS if model != "LightGCN")  # the student alone is it
+COSTS = (*STAGES, *OTHERS)
 COLUMNS = {
     "model": "",
     "epoch": "s/epoch",
@@ -65,9 +77,11 @@ def table6(lab: Lab) -> Output:
         native.parent.mkdir(parents=True, exist_ok=True)
         data.save(lab.dataset, native)
     job = Job("PromptMM", full)
-    learn_all(lab, "Table 6", [job])
-    folders = {model: lab.folder(*job) for model in COSTS}
+    others = {model: Job(model, settings(lab, model)) for model in OTHERS}
+    learn_all(lab, "Table 6", [job, *others.values()])
+    folders = dict.fromkeys(STAGES, lab.folder(*job))
     folders["teacher"] = lab.folder("Teacher", full)
+    folders |= {model: lab.folder(*one) for model, one in others.items()}
     rows = []
     for model in COSTS:
         command = [*module("cost"), "--data", str(native), "--run", str(folders[model])]
@@ -94,7 +108,8 @@ def shares(row: dict, teacher: dict) -> dict:
 def measure(model: str, source: Path, run: Path, device: str) -> dict:
     """From files to embeddings, then three epochs: seconds, peak memory, sizes."""
     stored = data.read_json(run / "config.json", sealed=True)
-    config = replace(Config(**stored), tune_prompt=model.endswith("tuned"))
+    config = settings_class(model)(**stored)
+    config = replace(config, tune_prompt=model.endswith("tuned"))
     began = time.perf_counter()
     learner = load(model, source, run, config, device)
     with torch.no_grad():
@@ -114,6 +129,10 @@ def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn
         ids = weights["user"], weights["item"]  # as wide as the best LightGCN
         learner = Teacher(data.load(source, check=False), config, device, ids)
         learner.load_state_dict(weights)
+        return learner
+    if model in MODELS:
+        learner = MODELS[model](data.load(source, check=False), config, device)
+        learner.load_state_dict(data.read_torch(run / "model.pt", device))
         return learner
     learner = Student(sparse.load_npz(source / "train.npz"), config, device)
     learner.load_state_dict(student_weights(run, device))
@@ -165,6 +184,9 @@ def objective(
     """What one kind of training does, a student's under a teacher of untrained weights."""
     if kind == "teacher":
         return Training(model, partial(teacher_terms, model), 2, lambda: None)
+    if kind in MODELS:
+        each_epoch = getattr(model, "each_epoch", lambda: None)
+        return Training(model, model.terms, model.width, each_epoch)
     learner = nn.ModuleDict({"student": model})
     encode = None
     if kind != "student alone":

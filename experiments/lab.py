@@ -501,23 +501,26 @@ def compare(
     lab: Lab,
     title: str,
     rows: dict[str, Job],
-    seeds: int,
+    seeds: int | dict[str, int],
     reference: str,
     elsewhere: dict[str, Lab] | None = None,
 ) -> list[dict]:
     """Mean, std and runs of each row, a test over users and seeds against the reference.
 
-    p: Holm's over the rows, by metric; p_single: of the row alone.
+    p: Holm's over the rows, by metric; p_single: of the row alone. seeds: of every row, or
+    of each by name.
 
     elsewhere: rows that are trained on other features for the same interactions.
     """
+    counts = seeds if isinstance(seeds, dict) else dict.fromkeys(rows, seeds)
+    every = {name: seeded(job, counts[name]) for name, job in rows.items()}
     labs = dict.fromkeys(rows, lab) | (elsewhere or {})
     for place in {id(one): one for one in labs.values()}.values():
-        jobs = [job for name, job in rows.items() if labs[name] is place]
-        learn_all(place, title, [one for job in jobs for one in seeded(job, seeds)])
+        jobs = [one for name in rows if labs[name] is place for one in every[name]]
+        learn_all(place, title, jobs)
     values = {}  # of each row, by metric: [seeds, users]
-    for name, job in rows.items():
-        runs = [judge(labs[name], *one) for one in seeded(job, seeds)]
+    for name in rows:
+        runs = [judge(labs[name], *one) for one in every[name]]
         values[name] = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
     table = []
     for name, found in values.items():
@@ -531,6 +534,16 @@ def compare(
         for row, p in zip(tested, adjusted, strict=True):
             row |= {f"{key}_single": row[key], key: p}
     return table
+
+
+def p_against(lab: Lab, runs: dict[str, list[Job]], reference: str) -> dict[str, float]:
+    """p of Recall@20 of each trained row against one of them, Holm's over the others."""
+    values = {}  # of each row [seeds, users]
+    for name, jobs in runs.items():
+        values[name] = np.stack([judge(lab, *one)["recall@20"] for one in jobs])
+    base = values.pop(reference)
+    tests = [paired_test(found, base)["p_bootstrap"] for found in values.values()]
+    return dict(zip(values, holm(tests), strict=True))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluate import paired_test
 from experiments.comparison import GROUPS, by_group, by_popularity
 from experiments.lab import (
     Job,
@@ -22,6 +21,7 @@ from experiments.lab import (
     learn_all,
     log_of,
     needs,
+    p_against,
     search,
     seeded,
     settings,
@@ -71,7 +71,9 @@ def methods(lab: Lab, seeds: int) -> Output:
     for row in rows:
         describe(lab, row, jobs[row["model"]], seeds)
     among_four(rows)
-    against_promptmm(lab, rows, jobs, seeds)
+    found = p_against(lab, {name: seeded(jobs[name], seeds) for name in FOUR}, "PromptMM")
+    for row in rows:
+        row |= {"p_promptmm": found[row["model"]]} if row["model"] in found else {}
     served = same_size(lab, jobs)
     note = (
         f"{protocol(jobs['PromptMM'].config, seeds)}; {PAIRED}, which are the four methods "
@@ -169,18 +171,6 @@ def among_four(rows: list[dict]) -> None:
         runs = np.array(row["recall@20"]["runs"])
         row["above"] = f"{int((runs > base).sum())} of {len(runs)}"
     by_name[ALONE]["above"] = ""
-
-
-def against_promptmm(lab: Lab, rows: list[dict], jobs: dict[str, Job], seeds: int) -> None:
-    """The paired test of the other three against PromptMM, Holm's over the three."""
-    values = {}
-    for name in FOUR:
-        runs = [judge(lab, *one)["recall@20"] for one in seeded(jobs[name], seeds)]
-        values[name] = np.stack(runs)  # [seeds, users]
-    tests = [paired_test(values[name], values["PromptMM"]) for name in NEIGHBOURS]
-    adjusted = holm([test["p_bootstrap"] for test in tests])
-    for name, p in zip(NEIGHBOURS, adjusted, strict=True):
-        next(row for row in rows if row["model"] == name)["p_promptmm"] = p
 
 
 def same_size(lab: Lab, jobs: dict[str, Job]) -> int:

@@ -77,7 +77,7 @@ def plain(rows: list[dict]) -> str:
     return markdown(rows, {key: key for key in rows[0]})
 
 
-def ranking_table(rows: list[dict], reference: str) -> str:
+def ranking_table(rows: list[dict], reference: str, more: dict | None = None) -> str:
     """The usual columns of a comparison: both metrics, the gain over the reference, p."""
     shown = []
     for row in rows:
@@ -92,7 +92,7 @@ def ranking_table(rows: list[dict], reference: str) -> str:
         "p": "p (R)",
         "p_ndcg": "p (N)",
     }
-    return markdown(shown, columns)
+    return markdown(shown, columns | (more or {}))
 
 
 def protocol(config: Config, seeds: int) -> str:

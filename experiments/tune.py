@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from baselines import MODELS
+from data import need
 from distillers import METHODS
 from experiments.lab import (
     QUICK,
@@ -24,6 +25,7 @@ from experiments.lab import (
     search,
     seeded,
     settings_class,
+    tries as tries_of,
 )
 from experiments.publish import Output, markdown
 from promptmm import Config
@@ -51,6 +53,17 @@ SPACES = {  # besides those of baselines/, and after them
         "tune_prompt": (True, False),
     },
 }
+ON_ITS_GRAPH = ("batch", "l2", "student_layers")
+LIKE_LIGHTGCN = {  # what a comparison model's first try has of the best LightGCN
+    "NGCF": ON_ITS_GRAPH,
+    "VBPR": ("batch",),
+    "MMGCN": ("batch",),
+    "GRCN": ("batch",),
+    "CLCRec": ("batch",),
+    "LATTICE": ON_ITS_GRAPH,
+    "FREEDOM": ON_ITS_GRAPH,
+    "BM3": ("batch",),
+}
 STUDENT = ("lr_student", "batch", "l2", "student_layers")  # searched for every method
 # Of each first try, what earlier single runs had shown; "all": for every model.
 CITEULIKE = {"all": {"eval_every": 4, "patience": 10}, "LightGCN": {"batch": 2048}}
@@ -65,27 +78,48 @@ START = {
     "tiktok": {"LightGCN": {"batch": 4096, "student_layers": 4, "l2": 3e-3}},
 }
 ONE_STREAM = ("MF-BPR", "LightGCN", "Teacher", "PromptMM")  # as when the presets were made
+FIRST = ("MF-BPR", "LightGCN")  # others begin as LightGCN's best
 
 
-def tune(lab: Lab, tries: int) -> Output:
+def tune(lab: Lab, tries: int, models: str = "") -> Output:
     """Random local search on validation with one seed, equally many tries for every model.
 
     PromptMM's are shared by its teacher and its student, half each. A try redraws each
     setting of the best so far with probability 1/3. Teacher and student begin as the best
     LightGCN found, but for what START says; the student is searched under the best teacher.
+    models: these alone, comma-separated; of the others, what was found before stays.
     """
     spaces = {model: kind.SPACE for model, kind in MODELS.items()} | SPACES
-    budget = dict.fromkeys(spaces, tries)
-    budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
+    chosen = known(models, spaces) if models else list(spaces)
+    before = search(lab) if models else {}
+    best = {name: own for name, own in before.get("best", {}).items() if name not in chosen}
+    rows = [row for row in before.get("rows", []) if row["model"] in best]
+    budget = dict.fromkeys(chosen, tries)
+    if not models:
+        budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
     stream = np.random.default_rng(0)
-    rows, best = [], {}
-    for model, space in spaces.items():
+    for model in sorted(chosen, key=lambda name: name not in FIRST):
         rng = stream if model in ONE_STREAM else own_stream(model)
         first = beginning(model, best) | given(lab.dataset.name, model)
         lab = replace(lab, chosen=best)  # a teacher's ids are the best LightGCN
-        found = search_model(lab, model, first, space, budget[model], rng)
+        found = search_model(lab, model, first, spaces[model], budget[model], rng)
         best = best | {model: final_choice(lab, model, found)}
         rows += found
+    best = {model: best[model] for model in spaces if model in best}  # Table 4's order
+    rows.sort(key=lambda row: list(best).index(row["model"]))
+    return searched(lab, f"Search on {lab.dataset.name}", rows, best, tries)
+
+
+def known(models: str, spaces: dict) -> list[str]:
+    """The names asked for, in the order of Table 4; DataError for another."""
+    asked = models.split(",")
+    unknown = [name for name in asked if name not in spaces]
+    need(not unknown, f"--models: expected some of {', '.join(spaces)}, found {unknown}")
+    return [name for name in spaces if name in asked]
+
+
+def searched(lab: Lab, title: str, rows: list[dict], best: dict, tries: int) -> Output:
+    """Every try, and which was chosen."""
     for row in rows:
         row["shown"] = ", ".join(
             f"{name} {value}" for name, value in row["settings"].items()
@@ -100,10 +134,12 @@ def tune(lab: Lab, tries: int) -> Output:
     }
     note = (
         "random search; of six tries or more the best three are decided by the mean over "
-        "three seeds; the test split is not read; settings not named are the defaults"
+        "three seeds; the test split is not read; settings not named are the model's "
+        "defaults"
     )
-    title = f"Search on {lab.dataset.name}, validation split, seed 0"
-    extra = {"best": best, "tried": tries, "tries": budget, "fingerprint": lab.fingerprint}
+    extra = {"best": best, "tried": tries, "tries": tries_of({"rows": rows})}
+    extra |= {"fingerprint": lab.fingerprint}
+    title = f"{title}, validation split, seed 0"
     return Output(title, rows, markdown(rows, columns), note, extra=extra)
 
 
@@ -162,11 +198,11 @@ def draw(space: dict[str, tuple], rng: np.random.Generator) -> dict:
 
 def beginning(model: str, best: dict[str, dict]) -> dict:
     """What a model's first try takes over from the best of others."""
-    if model not in SPACES:
+    if model == "Teacher" or "LightGCN" not in best:
         return {}
     like = MODELS["LightGCN"].Settings(**best["LightGCN"])
-    if model == "Teacher":
-        return {}
+    if model in MODELS:
+        return {name: getattr(like, name) for name in LIKE_LIGHTGCN.get(model, ())}
     own = ("batch", "l2", "lr_student", "student_layers")
     return best["Teacher"] | {name: getattr(like, name) for name in own}
 
@@ -203,12 +239,4 @@ def tune_methods(lab: Lab, tries: int) -> Output:
         tried = search_model(lab, model, first, space, budget, own_stream(model))
         best[model] = final_choice(lab, model, tried)
         rows += tried
-    for row in rows:
-        row["chosen"] = "chosen" if row["settings"] == best[row["model"]] else ""
-        row["shown"] = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
-    columns = {"model": "model", "validation": "validation Recall@20"}
-    columns |= {"three seeds": "mean of seeds 0-2", "shown": "settings", "chosen": ""}
-    note = "as `tune`; the test split is not read; begins as the best LightGCN and Teacher"
-    extra = {"best": best, "tried": tries, "fingerprint": lab.fingerprint}
-    title = f"Search for the methods on {lab.dataset.name}, validation split, seed 0"
-    return Output(title, rows, markdown(rows, columns), note, extra=extra)
+    return searched(lab, f"Search for the methods on {lab.dataset.name}", rows, best, tries)
