@@ -76,10 +76,10 @@ def test_every_equation_has_its_place():
 
 
 def test_every_id_can_be_looked_up():
-    """A heading for each of the paper's, the code's and the neighbours' ids."""
+    """A heading for each id: of the paper, its code, the neighbours, the other models."""
     page = (ROOT / "docs" / "differences.md").read_text()
-    headings = re.findall(r"^### ([PCKRS]\d+)\b", page, re.M)
-    counts = {"P": 16, "C": 28, "K": 14, "R": 8, "S": 12}
+    headings = re.findall(r"^### ([PCKRSB]\d+)\b", page, re.M)
+    counts = {"P": 16, "C": 28, "K": 14, "R": 8, "S": 12, "B": 34}
     expected = [f"{kind}{n + 1}" for kind, count in counts.items() for n in range(count)]
     assert sorted(headings) == sorted(expected)
     for file in CODE:
@@ -87,6 +87,9 @@ def test_every_id_can_be_looked_up():
             assert set(re.findall(r"[PC]\d+", group)) <= set(headings), (file.name, group)
         if file.parent.name == "distillers":
             cited = set(re.findall(r"\b[KRS]\d+\b", file.read_text()))
+            assert cited <= set(headings), (file.name, cited)
+        if file.parent.name == "baselines":
+            cited = set(re.findall(r"\bB\d+\b", file.read_text()))
             assert cited <= set(headings), (file.name, cited)
 
 
