@@ -130,7 +130,7 @@ def publish_part(lab: Lab, part: Part, more: dict) -> Path:
 def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
     if part.where == "paper":
         return part.function()
-    return part.function(lab, seeds) if part.seeds else part.function(lab, **more)
+    return part.function(lab, seeds, **more) if part.seeds else part.function(lab, **more)
 
 
 def state_of(lab: Lab, part: Part, more: dict) -> str:
@@ -176,7 +176,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--tries", type=int, default=16, help="of tune, a model (default: 16)"
     )
-    parser.add_argument("--models", default="", help="of tune: these alone, A,B,…")
+    parser.add_argument(
+        "--models", default="", help="of tune and table4: these alone, A,B,…"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--out", type=Path, help="(default: results; with --quick: runs/quick)"
@@ -188,8 +190,8 @@ def parse(argv: list[str]) -> Namespace:
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     args = parser.parse_args(argv)
-    alone = args.models and args.part != "tune"
-    need(not alone, f"--models: expected with tune, found with {args.part}")
+    takes = not args.models or args.part in ("tune", "table4")
+    need(takes, f"--models: expected with tune or table4, found with {args.part}")
     need(
         args.seeds >= 0 and 1 < args.tries <= 24,
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
@@ -199,13 +201,13 @@ def parse(argv: list[str]) -> Namespace:
 
 def run(args: Namespace) -> None:
     lab = laboratory(args)
+    more = {"models": args.models} if args.models else {}
     if args.part in TUNES:
-        more = {"tries": 4 if args.quick else args.tries}
-        more |= {"models": args.models} if args.models else {}
+        more["tries"] = 4 if args.quick else args.tries
         perform(lab, TUNES[args.part], args.force, **more)
         return
     if args.part != "all":
-        perform(lab, PARTS[args.part], args.force)
+        perform(lab, PARTS[args.part], args.force, **more)
         return
     if args.force and lab.home.exists():
         shutil.rmtree(lab.home)

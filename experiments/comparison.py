@@ -10,6 +10,7 @@ import torch
 from scipy import sparse
 
 import data
+from baselines import MODELS
 from evaluate import evaluate, ladder
 from experiments.lab import (
     CODE,
@@ -20,6 +21,7 @@ from experiments.lab import (
     compare,
     embeddings,
     is_untrained,
+    known,
     learn_all,
     names,
     p_against,
@@ -72,9 +74,14 @@ def table3(lab: Lab) -> Output:
     return Output(f"Table 3. Statistics of {lab.dataset.name}", rows, text)
 
 
-def table4(lab: Lab, seeds: int) -> Output:
-    """Comparison under one protocol: the paper's models, two of later years, the ladder."""
-    jobs = {model: Job(model, settings(lab, model)) for model in names(lab)}
+def table4(lab: Lab, seeds: int, models: str = "") -> Output:
+    """Comparison under one protocol: the paper's models, two of later years, the ladder.
+
+    models: of the comparison models these alone, comma-separated, and LightGCN.
+    """
+    chosen = {REFERENCE, *known(models, MODELS)} if models else set(MODELS)
+    rows = [name for name in names(lab) if name not in MODELS or name in chosen]
+    jobs = {model: Job(model, settings(lab, model)) for model in rows}
     counts = {model: seeds_of(model, seeds) for model in jobs}
     rows = compare(lab, "Table 4", jobs, counts, REFERENCE)
     every = {model: seeded(job, counts[model]) for model, job in jobs.items()}

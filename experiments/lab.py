@@ -621,6 +621,14 @@ def method_start(found: dict) -> dict:
     return found.get("Teacher", {}) | like
 
 
+def known(models: str, among: Iterable[str]) -> list[str]:
+    """The names asked for, in the order of Table 4; DataError for another."""
+    asked = models.split(",")
+    unknown = [name for name in asked if name not in among]
+    need(not unknown, f"--models: expected some of {', '.join(among)}, found {unknown}")
+    return [name for name in among if name in asked]
+
+
 # ------------------------------------------------------------ other processes
 
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from baselines import MODELS
-from data import need
 from distillers import METHODS
 from experiments.lab import (
     QUICK,
     Job,
     Lab,
     judge,
+    known,
     learn_all,
     method_start,
     needs,
@@ -108,14 +108,6 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     best = {model: best[model] for model in spaces if model in best}  # Table 4's order
     rows.sort(key=lambda row: list(best).index(row["model"]))
     return searched(lab, f"Search on {lab.dataset.name}", rows, best, tries)
-
-
-def known(models: str, spaces: dict) -> list[str]:
-    """The names asked for, in the order of Table 4; DataError for another."""
-    asked = models.split(",")
-    unknown = [name for name in asked if name not in spaces]
-    need(not unknown, f"--models: expected some of {', '.join(spaces)}, found {unknown}")
-    return [name for name in spaces if name in asked]
 
 
 def searched(lab: Lab, title: str, rows: list[dict], best: dict, tries: int) -> Output:

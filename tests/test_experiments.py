@@ -576,6 +576,40 @@ def test_the_search_reads_no_test_split(lab, odd, monkeypatch):
     assert set(best[odd]) <= set(Odd.SPACE)
 
 
+def test_a_search_for_some_models_keeps_the_others(embedded):
+    """Tries, settings and choice stay; LATTICE begins on the best LightGCN's graph."""
+    assert main(["tune", "--quick", "--out", str(embedded.parent / "results")]) == 0
+    file = embedded.parent / "results" / "synthetic" / "tune.json"
+    before = json.loads(file.read_text())
+    argv = ["tune", "--quick", "--models", "VBPR,LATTICE", "--tries", "3"]
+    assert main([*argv, "--force", "--out", str(embedded.parent / "results")]) == 0
+    after = json.loads(file.read_text())
+    assert list(after["best"]) == list(before["best"])
+    others = [row for row in before["rows"] if row["model"] not in ("VBPR", "LATTICE")]
+    assert [row for row in after["rows"] if row in others] == others
+    assert after["tries"] == before["tries"]
+    first = next(row for row in after["rows"] if row["model"] == "LATTICE")["settings"]
+    like = config_of({"model": "LightGCN", "settings": after["best"]["LightGCN"]})
+    for name in tune.ON_ITS_GRAPH:
+        assert first[name] == getattr(like, name)
+
+
+def test_table_4_of_some_models(embedded):
+    """The ladder and those asked for, fewer seeds where a model is no contender."""
+    argv = ["table4", "--quick", "--seeds", "4", "--models", "BM3,NGCF"]
+    assert main([*argv, "--out", str(embedded)]) == 0
+    table = json.loads((embedded / "synthetic" / "table4.json").read_text())
+    rows = {row["model"]: row for row in table["rows"]}
+    assert [name for name in rows if name in MODELS] == ["NGCF", "LightGCN", "BM3"]
+    counts = {name: len(rows[name]["recall@20"]["runs"]) for name in rows}
+    assert (counts["NGCF"], counts["BM3"], counts["LightGCN"]) == (3, 4, 4)
+    assert rows["NGCF"]["seeds"] == 3
+    assert "--models BM3,NGCF" in table["command"]
+    tested = [row for row in table["rows"] if row["model"] != "PromptMM"]
+    assert all(0 < row["p_promptmm"] <= 1 for row in tested)
+    assert rows["PromptMM"]["p_promptmm"] == ""
+
+
 def of_today(row: dict) -> bool:
     """Whether a try sets only what there is, a student's all that LightGCN's search has."""
     model, chosen = row["model"], set(row["settings"])
@@ -1205,6 +1239,8 @@ def test_figure_3_needs_two_modalities(folder, embedded, capsys):
     [
         (["table4", "--seeds", "-1"], "--seeds 0 or more"),
         (["tune", "--tries", "25"], "2 to 24"),
+        (["tune", "--models", "BM4"], "expected some of MF-BPR"),
+        (["table5", "--models", "BM3"], "expected with tune or table4"),
         (["table44"], "invalid choice"),
         (["table4", "--data", "nowhere"], "nowhere"),
         (["table4", "--device", "tpu"], "--device"),
