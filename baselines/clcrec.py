@@ -20,6 +20,7 @@ class Settings(Config):
 
     lr_student: float = of_student(1e-3, "AdamW's step (released)")
     l2: float = of_student(1e-4, "of ‖Θ‖², on the batch (ours)")
+    batch: int = of_student(4096, "training edges in a step: each encodes every item")
     negatives: int = of_model(64, "N (ours; released: 128)", low=1, high=1e5)
     temperature: float = of_model(1.0, "τ (released: 1 or 2)", low=1e-3)
     weight_content: float = of_model(0.5, "λ of L_RE (released)", high=1.001)

@@ -18,6 +18,7 @@ class Settings(Config):
     """Released: R 3, lr 1e-4, batch 1024."""
 
     lr_student: float = of_student(1e-3, "AdamW's step (ours; released: 1e-4)")
+    batch: int = of_student(8192, "training edges in a step: each passes every edge")
     routings: int = of_model(1, "R (released: 3, which does what 0 does, B19)")
 
 
