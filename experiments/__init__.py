@@ -4,7 +4,8 @@
 
     comparison.py    Tables 3 and 4 (data, models), recall by popularity, the main job
     ablation.py      Table 5, Figure 3, and what the paper leaves open, a change at a time
-    controls.py      is it content that the student learns, or would any teacher do
+    controls.py      is it content that the student learns, or would any teacher do; and
+                     which lists teach
     prompt.py        does the prompt pay, and where
     transfer.py      settings from elsewhere: does distillation do harm
     methods.py       CKD, PRM-KD and KDSR beside PromptMM; what they claim is in

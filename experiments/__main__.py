@@ -35,7 +35,7 @@ from experiments import bench
 from experiments.ablation import figure3, options, table5
 from experiments.claims import claims
 from experiments.comparison import first_run, popularity, table3, table4
-from experiments.controls import controls
+from experiments.controls import controls, lists
 from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
@@ -66,6 +66,7 @@ EVERY = (
     Part("table5", table5, 3, "any"),
     Part("options", options, 3, "embedded"),
     Part("controls", controls, 5, "named"),
+    Part("lists", lists, 3, "named"),
     Part("prompt", prompt, 3, "named"),
     Part("transfer", transfer, 3, "named"),
     Part("methods", methods, 5, "named"),

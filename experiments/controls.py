@@ -101,6 +101,22 @@ def changed(full: Config) -> dict[str, Config]:
     return kept
 
 
+def lists(lab: Lab, seeds: int) -> Output:
+    """Which items a list holds, and which half of it teaches: top or random, α 0 or 1."""
+    full = settings(lab)
+    jobs = {"LightGCN": Job("LightGCN", settings(lab, "LightGCN")), FULL: Job(FULL, full)}
+    rows = {name: row for name, row in changed(full).items() if name not in ALONE}
+    jobs |= {name: Job(FULL, config) for name, config in rows.items()}
+    found = compare(lab, "lists", jobs, seeds, FULL)
+    note = (
+        f"{protocol(full, seeds)}; {PAIRED}; PromptMM: {full.list_items} lists, "
+        f"α = {full.alpha:g}, β = {full.beta}; plain KL: α = 1, β = 1 - b+ (Eq. 16); λ₃ is "
+        "the same in every row"
+    )
+    title = f"Lists on {lab.dataset.name}, test split"
+    return Output(title, found, ranking_table(found, FULL), note)
+
+
 def useless(lab: Lab, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     """Features that cannot help: the real ones at other items, and noise of their scale."""
     rng = np.random.default_rng(seed)

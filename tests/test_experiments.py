@@ -40,7 +40,7 @@ from experiments import (
     tune,
 )
 from experiments.__main__ import EVERY, PARTS, TUNE, main, perform
-from experiments.controls import NoContent, changed, controls, faithful, useless
+from experiments.controls import NoContent, changed, controls, faithful, lists, useless
 from experiments.lab import (
     CODE,
     CORE,
@@ -835,6 +835,20 @@ def test_controls_leave_what_they_say(lab, config):
     assert other == set(change) - {"random lists"} | {"top lists"}
 
 
+def test_lists_hold_what_they_say(lab, config):
+    """Beside the full model: the other half or both, on the best items and on any."""
+    full = dataclasses.replace(config, epochs=1)
+    place = dataclasses.replace(lab, quick=True, chosen={"PromptMM": vars(full)})
+    rows = {row["model"]: row for row in lists(place, 1).rows}
+    kinds = [f"{kind} lists" for kind in ("top", "random")]
+    halves = [f"{kind}: {half}" for kind in kinds for half in ("α = 1", "plain KL")]
+    assert set(rows) == {"LightGCN", "PromptMM", "random lists", *halves}
+    base = rows["PromptMM"]["recall@20"]["mean"]
+    for row in rows.values():
+        gain = row["recall@20"]["mean"] / base - 1
+        assert row["gain"]["recall@20"] == pytest.approx(gain)
+
+
 def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypatch):
     """LightGCN, which reads none, is the same whatever the features are."""
     trained, judged = [], []
@@ -1163,7 +1177,7 @@ def test_the_parts_of_all(embedded, folder, monkeypatch):
     assert main(["all", "--out", str(embedded)]) == 0
     assert ran == [part for part in EVERY if part.where != "named"]
     named = {part.name for part in EVERY if part.where == "named"}
-    assert named == {"controls", "prompt", "transfer", "methods", "claims"}
+    assert named == {"controls", "lists", "prompt", "transfer", "methods", "claims"}
     assert list(EVERY) == list(PARTS.values())
     ran.clear()
     assert main(["all", "--data", str(folder), "--out", str(embedded)]) == 0
@@ -1612,9 +1626,11 @@ def test_table_7_counts_seconds_up_to_the_selected_epoch_teacher_included(
     lab, config, monkeypatch
 ):
     """With logs as told: the best of three epochs is the second, after 2, 20 or 200 s."""
-    monkeypatch.setattr(incremental, "settings", lambda lab, *_: config)
-    pace = {"LightGCN": 1.0, "Teacher": 10.0, "PromptMM": 100.0}
-    told = {lab.folder(model, config): pace[model] for model in pace}
+    monkeypatch.setattr(
+        incremental, "settings", lambda _, model="": settings_of(model, config)
+    )
+    pace = {"LightGCN": 1.0, "LATTICE": 4.0, "Teacher": 10.0, "PromptMM": 100.0}
+    told = {lab.folder(model, settings_of(model, config)): pace[model] for model in pace}
 
     def log_of(folder: Path) -> dict[str, np.ndarray]:
         recall = np.array([0.1, 0.3, 0.2])
@@ -1623,9 +1639,11 @@ def test_table_7_counts_seconds_up_to_the_selected_epoch_teacher_included(
     monkeypatch.setattr(incremental, "log_of", log_of)
     found = incremental.increment(lab, config)
     ways = ["old student, new graph", "student fine-tuned"]
-    assert list(found) == [*ways, "LightGCN retrained", "PromptMM retrained"]
+    anew = [f"{model} retrained" for model in ("LightGCN", "LATTICE", "PromptMM")]
+    assert list(found) == [*ways, *anew]
     assert found["old student, new graph"]["seconds"] == 0
     assert found["LightGCN retrained"]["seconds"] == 2
+    assert found["LATTICE retrained"]["seconds"] == 8
     assert found["PromptMM retrained"]["seconds"] == 222  # its LightGCN's too
     recall = judge(lab, "PromptMM", config)["recall@20"].mean()
     assert found["PromptMM retrained"]["recall@20"] == recall
