@@ -53,10 +53,10 @@ class FREEDOM(Student):
 
     S = Σ_m ω_m S^m, S^m the k nearest by raw x^m, each weight 1, D^-1/2 S D^-1/2: frozen.
 
-        L = BPR(⟨U_u, I_i⟩) + w Σ_m BPR(⟨U_u, x̃_i^m W^m + b^m⟩) + ‖Θ‖²
+        L = BPR(⟨U_u, I_i⟩) + w Σ_m BPR(⟨U_u, x̃_i^m W^m⟩) + ‖Θ‖²
 
     Against its code: features are frozen (B5), items without content have no edge (B8), any
-    number of modalities share 1 - `lead` (B32).
+    number of modalities share 1 - `lead` (B32); a map's bias, which BPR cancels, is not built.
     """
 
     Settings = Settings
@@ -76,7 +76,7 @@ class FREEDOM(Student):
         self.train_matrix = dataset.train
         self.kept = self.graph  # of this epoch
         self.features = standardised(dataset, device)  # x̃^m [I, d_m]
-        self.reduction = maps(self.features, config.dim)  # W^m, b^m
+        self.reduction = maps(self.features, config.dim, bias=False)  # W^m
         self.similar = frozen_graph(dataset, config, device)  # S and Sᵀ [I, I]
         self.to(device)
 
