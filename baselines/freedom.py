@@ -56,7 +56,7 @@ class FREEDOM(Student):
         L = BPR(⟨U_u, I_i⟩) + w Σ_m BPR(⟨U_u, x̃_i^m W^m⟩) + ‖Θ‖²
 
     Against its code: features are frozen (B5), items without content have no edge (B8), any
-    number of modalities share 1 - `lead` (B32); a map's bias, which BPR cancels, is not built.
+    number of modalities share 1 - `lead` (B32), and maps have no bias, for BPR cancels it.
     """
 
     Settings = Settings
@@ -134,7 +134,7 @@ def pruned(train: sparse.csr_matrix, rate: float) -> sparse.csr_matrix:
     users, items = train.nonzero()
     of_user, of_item = np.diff(train.indptr), np.bincount(items, minlength=train.shape[1])
     weight = 1 / np.sqrt(of_user[users] * of_item[items])  # [E]
-    count = int((1 - rate) * len(users))
+    count = int(round((1 - rate) * len(users), 6))  # 1 - .8 is a little less than .2
     chosen = torch.multinomial(torch.from_numpy(weight), max(1, count)).numpy()
     ones = np.ones(len(chosen), np.float32)
     cells = users[chosen], items[chosen]
