@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data import Dataset
 from evaluate import CHUNK_SCORES, top_items
-from losses import l2_penalty
+from losses import bpr_loss, l2_penalty
 from promptmm import Device, Losses, Pair, Run, csr_tensor, fit, load_finished, setting
 
 GRID = {
@@ -47,6 +47,20 @@ def train(run: Run, kind: type) -> Pair:
 def l2_term(weight: float, *rows: Tensor) -> Losses:
     """‖Θ‖² on the batch's rows of the tables (errata P8, B4); no term without a weight."""
     return {"l2": weight * l2_penalty(*rows)} if weight else {}
+
+
+def pair_terms(
+    logits: Tensor,
+    weight: float,
+    users: Tensor,
+    lists: Tensor,
+    of_users: list[Tensor],
+    of_items: list[Tensor],
+) -> Losses:
+    """BPR of logits [B, 2], and ‖Θ‖² on the batch's rows of these tables."""
+    rows = [table.index_select(0, users) for table in of_users]
+    rows += [table.index_select(0, lists.flatten()) for table in of_items]
+    return {"bpr": bpr_loss(logits[:, 0], logits[:, 1])} | l2_term(weight, *rows)
 
 
 # ------------------------------------------------------------ features

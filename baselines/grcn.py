@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor, nn
 
-from baselines.common import GRID, l2_term, maps, of_model, standardised
+from baselines.common import GRID, maps, of_model, pair_terms, standardised
 from data import Dataset
-from losses import bpr_loss
 from promptmm import Config, Device, Losses, Pair, of_student, scores, table
 
 
@@ -140,8 +139,5 @@ class GRCN(nn.Module):
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
         logits = scores(*self(), users, lists)  # [B, 2]
-        terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
-        of_users = [self.user, *self.preference]
-        rows = [weight.index_select(0, users) for weight in of_users]
-        rows.append(self.item.index_select(0, lists.flatten()))
-        return terms | l2_term(self.config.l2, *rows)
+        tables = [self.user, *self.preference], [self.item]
+        return pair_terms(logits, self.config.l2, users, lists, *tables)

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.common import GRID, l2_term, linear, maps, standardised
+from baselines.common import GRID, linear, maps, pair_terms, standardised
 from data import Dataset
-from losses import bpr_loss
 from promptmm import (
     Config,
     Device,
@@ -68,13 +67,9 @@ class MMGCN(Student):
         for (prefers, reduce, x), layers in zip(parts, self.layer, strict=True):
             user, item = F.normalize(prefers, dim=1), F.normalize(reduce(x), dim=1)
             for layer in layers:
-                heard = self.mean(layer.heard(user), layer.heard(item))
-                user, item = (
-                    layer(h, own, ids)
-                    for h, own, ids in zip(
-                        heard, (user, item), (self.user, self.item), strict=True
-                    )
-                )
+                to_user, to_item = self.mean(layer.heard(user), layer.heard(item))
+                user = layer(to_user, user, self.user)
+                item = layer(to_item, item, self.item)
             users.append(user)
             items.append(item)
         return torch.stack(users).mean(0), torch.stack(items).mean(0)
@@ -88,11 +83,8 @@ class MMGCN(Student):
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
         logits = scores(*self(), users, lists)  # [B, 2]
-        terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
-        of_users = [self.user, *self.preference]
-        rows = [weight.index_select(0, users) for weight in of_users]
-        rows.append(self.item.index_select(0, lists.flatten()))
-        return terms | l2_term(self.config.l2, *rows)
+        tables = [self.user, *self.preference], [self.item]
+        return pair_terms(logits, self.config.l2, users, lists, *tables)
 
 
 class Layer(nn.Module):

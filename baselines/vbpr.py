@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.common import GRID, l2_term, maps, reduced, standardised
+from baselines.common import GRID, maps, pair_terms, reduced, standardised
 from data import Dataset
-from losses import bpr_loss
 from promptmm import Config, Device, Losses, Pair, of_student, table
 
 
@@ -60,10 +59,7 @@ class VBPR(nn.Module):
         return torch.cat([own[0], taken, own[1] + bias], dim=1)
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
-        rows = lists.flatten()
-        item = self.items(rows).view(*lists.shape, -1)  # [B, 2, 2d + 1]
+        item = self.items(lists.flatten()).view(*lists.shape, -1)  # [B, 2, 2d + 1]
         logits = torch.einsum("be,bke->bk", self.users().index_select(0, users), item)
-        terms = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
-        own = [weight.index_select(0, users) for weight in (self.user, self.taste)]
-        own += [weight.index_select(0, rows) for weight in (self.item, self.bias)]
-        return terms | l2_term(self.config.l2, *own)
+        tables = [self.user, self.taste], [self.item, self.bias]
+        return pair_terms(logits, self.config.l2, users, lists, *tables)
