@@ -9,6 +9,7 @@ A model is a file and a line in MODELS. Its class has
     forward()           -> (user [U, e], item [I, e]), any e; ranked by inner products
     terms(users, lists) -> {name: loss}; the objective is its sum, every term is logged
     each_epoch()        optional: what is drawn or rebuilt anew each epoch
+    features            optional: name -> the frozen numbers it must hold, for Table 6
 
 and a docstring that says what differs from its paper. `common.train` trains any of them
 with the core's own loop; tests/test_registry.py holds each to the same contract. What needs
