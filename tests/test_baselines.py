@@ -183,6 +183,16 @@ def ranks_as_its_terms(model, users, lists, key="bpr"):
 # ------------------------------------------------------------ shared pieces
 
 
+def test_features_of_any_size_are_finite():
+    """The largest that data.py lets in; an empty row stays empty, directions stay unit."""
+    dataset = shop([[1, 1, 1]], visual=[[1e30, -2e30], [3e30, 1e30], [0, 0]])
+    for kind in (baselines.common.directions, standardised):
+        [found] = kind(dataset, "cpu").values()
+        assert found.isfinite().all() and (found[2] == 0).all() and found[:2].any()
+    [unit_rows] = baselines.common.directions(dataset, "cpu").values()
+    assert close(unit_rows.norm(dim=1), torch.tensor([1.0, 1.0, 0.0]))
+
+
 def test_standardised_columns(odd):
     """Over the items with content; the others' rows are zero, the scale does not matter."""
     found = standardised(odd, "cpu")
@@ -1074,6 +1084,19 @@ def one_step(model, users, lists) -> dict:
         terms = model.terms(users, lists[:, : model.width])
         sum(terms.values()).backward()
     return terms
+
+
+@pytest.mark.parametrize("name", ["NGCF", "VBPR", "MMGCN", "GRCN", "LATTICE", "FREEDOM"])
+def test_what_is_learnt_is_what_is_ranked(name, odd, pairs):
+    """BPR of the very inner products that rank: no bias is learnt and then left out."""
+    still = {"dropout": 0.0} if name in ("NGCF", "FREEDOM") else {}
+    model = made(name, odd, **still)
+    drawn(model)
+    users, lists = pairs
+    user, item = model.eval()()
+    logits = (user[users, None] * item[lists]).sum(-1)  # [B, 2]
+    found = model.train().terms(users, lists)["bpr"]
+    assert close(found, bpr_loss(logits[:, 0], logits[:, 1]))
 
 
 @pytest.mark.parametrize("name", NINE)
