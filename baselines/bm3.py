@@ -29,8 +29,8 @@ class BM3(Student):
 
     δ = 1 - cos, mean over positives; f^m = x̃^m W^m + b^m; ranked by ⟨q(U), q(I)⟩. Against
     its paper and code: features are frozen (B5), any number of modalities, ‖Θ‖² is squared
-    and on the batch (B33). Content reaches the ids through the losses alone, so that a
-    never-trained item is not found by it.
+    and on the batch (B33). Targets are detached, so that content acts through q alone, and
+    a never-trained item is not found by it.
     """
 
     Settings = Settings
