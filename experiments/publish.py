@@ -21,7 +21,7 @@ from experiments.lab import VERSIONS, Lab, search, tries
 from promptmm import Config
 
 PAGES = ("README.md", "experiments/README.md", "results/README.md")
-WEAKER = ("MF-BPR", "NGCF", "VBPR", "MMGCN", "GRCN", "CLCRec")  # not on the first page
+WEAKER = ("MostPop", "MF-BPR", "NGCF", "VBPR", "MMGCN", "GRCN", "CLCRec")  # not on page 1
 COLOURS = [
     "#0072B2",
     "#D55E00",
@@ -295,8 +295,11 @@ def summary(files: list[Path]) -> str:
         rows = data.read_json(file, "rows")["rows"]
         tables[file.parent.name] = {row["model"]: row for row in rows}
     longest = max(tables.values(), key=len)  # the rows in the ladder's order
+    every = dict.fromkeys(
+        [*longest, *(model for table in tables.values() for model in table)]
+    )
     rows = []
-    for model in longest:
+    for model in every:
         cells = {name: summary_cell(table.get(model)) for name, table in tables.items()}
         if not model.startswith("Profile (") and model not in WEAKER:
             rows.append({"model": model, **cells})
