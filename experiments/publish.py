@@ -294,10 +294,8 @@ def summary(files: list[Path]) -> str:
     for file in files:
         rows = data.read_json(file, "rows")["rows"]
         tables[file.parent.name] = {row["model"]: row for row in rows}
-    longest = max(tables.values(), key=len)  # the rows in the ladder's order
-    every = dict.fromkeys(
-        [*longest, *(model for table in tables.values() for model in table)]
-    )
+    longest_first = sorted(tables.values(), key=len, reverse=True)  # the ladder's order
+    every = dict.fromkeys(model for table in longest_first for model in table)
     rows = []
     for model in every:
         cells = {name: summary_cell(table.get(model)) for name, table in tables.items()}
