@@ -89,23 +89,23 @@ class LATTICE(Student):
         """G as weighted links, with a gradient for W^m and a."""
         share = self.attention.softmax(0)  # a [M]
         fixed = self.config.frozen  # λ
-        parts = []
-        for a, (links, weight) in zip(share, self.raw_graphs, strict=True):
-            parts.append((links, fixed * a * weight))
+        pairs = zip(share, self.raw_graphs, strict=True)
+        raw = [(links, fixed * a * weight) for a, (links, weight) in pairs]
         if fixed >= 1:
-            return parts
-        learnt = []
-        for layer, x in zip(self.reduction, self.features.values(), strict=True):
+            return raw
+        learnt = [(links, (1 - fixed) * weight) for links, weight in self.learnt(share)]
+        return raw + learnt
+
+    def learnt(self, share: Tensor) -> list[Weighted]:
+        """C̃ of a [M]: the links of every y^m, normalised together."""
+        found = []
+        layers = zip(share, self.reduction, self.features.values(), strict=True)
+        for a, layer, x in layers:
             y = layer(x) * x.any(1, keepdim=True)  # y^m [I, d]
             links = nearest(y.detach(), self.config.neighbours)
-            learnt.append((links, cosines(y, links)))
-        pairs = [
-            (links, a * cosine) for a, (links, cosine) in zip(share, learnt, strict=True)
-        ]
-        degree = torch.stack([row_sums(*pair) for pair in pairs]).sum(0)  # of C  [I]
-        for links, weight in pairs:
-            parts.append((links, (1 - fixed) * normalised(links, weight, degree)))
-        return parts
+            found.append((links, a * cosines(y, links)))
+        degree = torch.stack([row_sums(*pair) for pair in found]).sum(0)  # of C  [I]
+        return [(links, normalised(links, weight, degree)) for links, weight in found]
 
     def neighbours_of(self, item: Tensor) -> Tensor:
         """G item [I, d]."""
