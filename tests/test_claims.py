@@ -101,7 +101,9 @@ def test_the_table_of_methods(lab):
     ids = learn(lab, "LightGCN", settings(lab, "LightGCN"))
     log = laboratory.log_of(ids)["seconds"][-1]
     assert rows["Teacher"]["teachers"] == pytest.approx(log, abs=0.06)
-    assert rows["KDSR"]["teachers"] == 0 < rows["CKD"]["teachers"]
+    assert rows["KDSR"]["teachers"] == 0
+    ckd = laboratory.Job("CKD", settings(lab, "CKD"))
+    assert table.teacher_seconds(lab, ckd) > 0  # the row rounds it, here perhaps to 0
 
 
 def test_methods_have_equally_many_tries(lab, monkeypatch):
