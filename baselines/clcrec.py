@@ -55,11 +55,11 @@ class CLCRec(nn.Module):
         self.user = table(n_users, config.dim)
         self.item = table(n_items, config.dim)
         every = list(directions(dataset, device).values())  # n(x^m)
-        self.features = {"side by side": torch.cat(every, dim=1)}  # [I, Σ d_m]
+        self.features = {"all": torch.cat(every, dim=1)}  # side by side  [I, Σ d_m]
         seen = torch.from_numpy(np.asarray(dataset.train.sum(0)).T > 0)  # [I, 1]
         self.trained = seen.to(device)
-        [x] = self.features.values()
-        inner, outer = linear(x.shape[1], HIDDEN), linear(HIDDEN, config.dim)
+        width = self.features["all"].shape[1]
+        inner, outer = linear(width, HIDDEN), linear(HIDDEN, config.dim)
         self.encode = nn.Sequential(inner, nn.LeakyReLU(), outer)  # g
         self.to(device)
 
@@ -68,8 +68,7 @@ class CLCRec(nn.Module):
 
     def content(self) -> Tensor:
         """g(x_i) of every item: [I, d]."""
-        [x] = self.features.values()
-        return self.encode(x)
+        return self.encode(self.features["all"])
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
         share, tau = self.config.weight_content, self.config.temperature

@@ -1,9 +1,13 @@
-"""What the comparison models share: training, the search space of all, features, graphs.
+"""What the comparison models share.
 
-train                       one model of MODELS, by the core's own loop
-raw, directions, standardised    the features as a model's paper takes them
-linear, reduced             maps of features; only the batch's rows where that costs less
-nearest, cosines, normalised     the item graph that LATTICE and FREEDOM learn from
+    train                               one model of MODELS, by the core's own loop
+    pair_terms, l2_term                 BPR, and ‖Θ‖² on the batch's rows of some tables
+    raw, directions, standardised       features, as a model's paper takes them
+    linear, maps, reduced               maps of features, of all items or the batch's alone
+    nearest, cosines, normalised        an item graph; LATTICE and FREEDOM stand on it
+    read, constant                      Σ_j s_ij item_j, with a gradient for s, or none
+
+A model's file says how it uses them.
 """
 
 from functools import partial
@@ -121,11 +125,16 @@ def reduced(layer: nn.Linear, x: Tensor, items: Tensor) -> Tensor:
 
 
 class Links(NamedTuple):
-    """Which items each item reads, in the order of `rows`."""
+    """Who reads whom, in the order of `rows`: items items, or either side the other."""
 
     rows: Tensor  # [n], ascending
     columns: Tensor  # [n]
     start: Tensor  # where each row begins [I + 1]
+
+
+def starts(count: Tensor) -> Tensor:
+    """Where each row begins, and the end, of how many links each has: [I] -> [I + 1]."""
+    return F.pad(count.cumsum(0), (1, 0))
 
 
 def nearest(x: Tensor, k: int) -> Links:
@@ -144,9 +153,7 @@ def nearest(x: Tensor, k: int) -> Links:
         found.append(top_items(cosine, min(k, len(x))))
     values, index = (torch.cat(parts) for parts in zip(*found, strict=True))  # [I, k]
     real = (values > -torch.inf) & ~empty[:, None]
-    count = real.sum(1)  # [I]
-    start = F.pad(count.cumsum(0), (1, 0))
-    return Links(real.nonzero()[:, 0], index[real], start)
+    return Links(real.nonzero()[:, 0], index[real], starts(real.sum(1)))
 
 
 def cosines(x: Tensor, links: Links) -> Tensor:
@@ -190,12 +197,12 @@ def constant(parts: list[tuple[Links, Tensor]], device: Device) -> Pair:
 
     What `promptmm.Product` multiplies by.
     """
-    total: sparse.csr_matrix = 0
+    matrices = []
     for links, weight in parts:
-        cells = (
-            part.detach().cpu().numpy() for part in (weight, links.columns, links.start)
-        )
+        cells = (weight.detach(), links.columns, links.start)
         n_items = len(links.start) - 1
-        total = total + sparse.csr_matrix(tuple(cells), shape=(n_items, n_items))
+        arrays = tuple(part.cpu().numpy() for part in cells)
+        matrices.append(sparse.csr_matrix(arrays, shape=(n_items, n_items)))
+    total = sum(matrices[1:], matrices[0])
     total.sort_indices()
     return csr_tensor(total, device), csr_tensor(total.T.tocsr(), device)

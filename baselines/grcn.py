@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor, nn
 
-from baselines.common import GRID, maps, of_model, pair_terms, standardised
+from baselines.common import (
+    GRID,
+    Links,
+    maps,
+    of_model,
+    pair_terms,
+    read,
+    standardised,
+    starts,
+)
 from data import Dataset
 from promptmm import Config, Device, Losses, Pair, of_student, scores, table
 
@@ -25,33 +34,22 @@ class Edges:
     """Training edges in the order of users, and how to read them in that of items."""
 
     def __init__(self, train: sparse.csr_matrix, device: Device):
-        rows, columns = (torch.from_numpy(ids).long() for ids in train.nonzero())
-        counts = rows.bincount(minlength=train.shape[0])
-        received = columns.bincount(minlength=train.shape[1])
-        self.user, self.item = rows.to(device), columns.to(device)  # [E] each
-        self.order = columns.argsort(stable=True).to(device)  # users' order -> items' [E]
-        self.of_user = F.pad(counts.cumsum(0), (1, 0)).to(device)  # [U + 1]
-        self.of_item = F.pad(received.cumsum(0), (1, 0)).to(device)  # [I + 1]
+        user, item = (torch.from_numpy(ids).long().to(device) for ids in train.nonzero())
+        n_users, n_items = train.shape
+        order = item.argsort(stable=True)
+        self.order = order  # users' order -> items' [E]
+        self.user, self.item = user, item  # [E] each
+        self.of_users = Links(user, item, starts(user.bincount(minlength=n_users)))
+        received = starts(item.bincount(minlength=n_items))
+        self.of_items = Links(item[order], user[order], received)
 
     def to_users(self, weight: Tensor, item: Tensor) -> Tensor:
         """Σ over a user's items of weight [E] · item [I, d]: [U, d]."""
-        return weighted(weight, self.item, self.of_user, item)
+        return read(self.of_users, weight, item)
 
     def to_items(self, weight: Tensor, user: Tensor) -> Tensor:
         """Σ over an item's users of weight [E] · user [U, d]: [I, d]."""
-        order = self.order
-        return weighted(weight[order], self.user[order], self.of_item, user)
-
-
-def weighted(weight: Tensor, ends: Tensor, start: Tensor, rows: Tensor) -> Tensor:
-    return F.embedding_bag(
-        ends,
-        rows,
-        start,
-        mode="sum",
-        per_sample_weights=weight,
-        include_last_offset=True,
-    )
+        return read(self.of_items, weight[self.order], user)
 
 
 def softmax_at(logits: Tensor, ends: Tensor, count: int) -> Tensor:

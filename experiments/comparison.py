@@ -82,8 +82,8 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     content.
     """
     chosen = {*PLAIN, *known(models, MODELS)} if models else set(MODELS)
-    rows = [name for name in names(lab) if name not in MODELS or name in chosen]
-    jobs = {model: Job(model, settings(lab, model)) for model in rows}
+    shown = [name for name in names(lab) if name in chosen or name not in MODELS]
+    jobs = {model: Job(model, settings(lab, model)) for model in shown}
     counts = {model: seeds_of(model, seeds) for model in jobs}
     rows = compare(lab, "Table 4", jobs, counts, REFERENCE)
     every = {model: seeded(job, counts[model]) for model, job in jobs.items()}

@@ -66,7 +66,8 @@ NOTE = (
     "included; s/epoch: median of three, without validation; s to embeddings: from files "
     "on disk to E_u and E_i; bytes to serve: what must be held to refresh and serve "
     "embeddings, that is tables, and of the teacher reductions, prompt and features too. "
-    "Frozen final embeddings would be equally large for both"
+    "Frozen final embeddings would be equally large for both. The comparison models were "
+    "trained for an epoch: what they cost does not depend on what they have learnt"
 )
 
 

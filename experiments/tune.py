@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from baselines import MODELS
+from data import need
 from distillers import METHODS
 from experiments.lab import (
     QUICK,
@@ -87,16 +88,18 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     PromptMM's are shared by its teacher and its student, half each. A try redraws each
     setting of the best so far with probability 1/3. Teacher and student begin as the best
     LightGCN found, but for what START says; the student is searched under the best teacher.
-    models: these alone, comma-separated; of the others, what was found before stays.
+    models: these alone, comma-separated; of the others, what was found before stays, and
+    with as many tries.
     """
     spaces = {model: kind.SPACE for model, kind in MODELS.items()} | SPACES
     chosen = known(models, spaces) if models else list(spaces)
     before = search(lab) if models else {}
+    others = before.get("tried", tries)
+    need(others == tries, f"expected --tries {others}, as the others had, found {tries}")
     best = {name: own for name, own in before.get("best", {}).items() if name not in chosen}
     rows = [row for row in before.get("rows", []) if row["model"] in best]
     budget = dict.fromkeys(chosen, tries)
-    if not models:
-        budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
+    budget |= {"Teacher": tries // 2, "PromptMM": tries - tries // 2}
     stream = np.random.default_rng(0)
     for model in sorted(chosen, key=lambda name: name not in FIRST):
         rng = stream if model in ONE_STREAM else own_stream(model)
@@ -196,7 +199,7 @@ def beginning(model: str, best: dict[str, dict]) -> dict:
     if model in MODELS:
         return {name: getattr(like, name) for name in LIKE_LIGHTGCN.get(model, ())}
     own = ("batch", "l2", "lr_student", "student_layers")
-    return best["Teacher"] | {name: getattr(like, name) for name in own}
+    return best.get("Teacher", {}) | {name: getattr(like, name) for name in own}
 
 
 def given(dataset: str, model: str) -> dict:

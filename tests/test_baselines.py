@@ -107,7 +107,7 @@ def gradients(model, total) -> list:
     return [torch.zeros_like(w) if g is None else g for g, w in pairs]
 
 
-def agree(model, found, by_hand) -> None:
+def assert_agree(model, found, by_hand) -> None:
     """Tensors alike, two by two, and so are the gradients that reach every parameter."""
     totals = []
     for tensors in (found, by_hand):
@@ -173,7 +173,7 @@ def penalty(size, *rows):
     return sum(part.square().sum() for part in rows) / 2 / size
 
 
-def ranks_as_its_terms(model, users, lists, key="bpr"):
+def assert_it_ranks_as_its_terms(model, users, lists, key="bpr"):
     """The loss is the one of the scores that the model ranks by."""
     user, item = model()
     logits = (user[users][:, None] * item[lists]).sum(-1)
@@ -348,8 +348,8 @@ def test_ngcf_by_hand(odd, samples):
         item = leaky(mapped(own, item + read_by) + mapped(both, item * read_by), 0.2)
         users.append(unit(user))
         items.append(unit(item))
-    agree(model, model(), (torch.cat(users, 1), torch.cat(items, 1)))
-    ranks_as_its_terms(model, *samples)
+    assert_agree(model, model(), (torch.cat(users, 1), torch.cat(items, 1)))
+    assert_it_ranks_as_its_terms(model, *samples)
     assert MODELS["NGCF"].Settings().student_layers == 3
     model.train()
     assert not torch.equal(model()[0], model()[0])  # messages are dropped in training
@@ -399,7 +399,7 @@ def test_vbpr_by_hand(odd, pairs, size):
         score = score + model.taste @ content[:, :-1].T + content[:, -1]
     user, item = model()
     assert user.shape[1] == item.shape[1] == 17
-    agree(model, [user @ item.T], [score])
+    assert_agree(model, [user @ item.T], [score])
     users, lists = (part[:size] for part in pairs)
     logits = score[users[:, None], lists]
     own = [model.user[users], model.taste[users]]
@@ -407,7 +407,7 @@ def test_vbpr_by_hand(odd, pairs, size):
     expected = [bpr_loss(logits[:, 0], logits[:, 1]), 0.01 * penalty(size, *own)]
     terms = model.terms(users, lists)
     assert list(terms) == ["bpr", "l2"]
-    agree(model, list(terms.values()), expected)
+    assert_agree(model, list(terms.values()), expected)
 
 
 def test_no_gradient_reaches_vbprs_content_without_taste(odd, pairs):
@@ -466,8 +466,8 @@ def test_mmgcn_by_hand(odd, samples):
             )
         outputs.append((user, item))
     users, items = zip(*outputs, strict=True)
-    agree(model, model(), (torch.stack(users).mean(0), torch.stack(items).mean(0)))
-    ranks_as_its_terms(model, *samples)
+    assert_agree(model, model(), (torch.stack(users).mean(0), torch.stack(items).mean(0)))
+    assert_it_ranks_as_its_terms(model, *samples)
 
 
 @pytest.mark.parametrize("name", ["MMGCN", "GRCN"])
@@ -557,8 +557,10 @@ def test_grcn_by_hand(odd, samples, routings):
     first = to_user @ item, to_item.T @ user
     second = to_user @ first[1], to_item.T @ first[0]
     user, item = user + first[0] + second[0], item + first[1] + second[1]
-    agree(model, model(), (torch.cat([user, *users], 1), torch.cat([item, *items], 1)))
-    ranks_as_its_terms(model, *samples)
+    assert_agree(
+        model, model(), (torch.cat([user, *users], 1), torch.cat([item, *items], 1))
+    )
+    assert_it_ranks_as_its_terms(model, *samples)
 
 
 # ------------------------------------------------------------ CLCRec
@@ -599,14 +601,14 @@ def test_clcrec_by_hand(odd, samples, replaced_by):
     g = mapped(outer, leaky(mapped(inner, x)))
     known = torch.from_numpy(odd.train.toarray()).any(0)[:, None]
     assert not known.all()
-    agree(model, model(), (model.user, torch.where(known, model.item, g)))
+    assert_agree(model, model(), (model.user, torch.where(known, model.item, g)))
     v = (model.item, g)[replaced_by]
     logits = (model.user[users][:, None] * v[lists]).sum(-1) / 0.5
     alike = (unit(model.item)[lists[:, :1]] * unit(g)[lists]).sum(-1) / 0.5
     main, beside = ((x.logsumexp(1) - x[:, 0]).mean() for x in (logits, alike))
     terms = model.terms(users, lists)
     found = [terms["user_item"], terms["item_content"]]
-    agree(model, found, [0.7 * main, 0.3 * beside])
+    assert_agree(model, found, [0.7 * main, 0.3 * beside])
     one_other = lists[:, :2].flatten()  # of N negatives, one: as every model's ‖Θ‖²
     rows = model.user[users], model.item[one_other]
     assert close(terms["l2"], 0.01 * penalty(len(users), *rows))
@@ -702,7 +704,7 @@ def test_slmrec_by_hand(odd, samples):
     views = [propagated(odd.train, model.user, start, 2) for start in starts]
     user = mapped(model.mix_user, torch.cat([user for user, _ in views], dim=1))
     item = mapped(model.mix_item, torch.cat([item for _, item in views], dim=1))
-    agree(model, model(), (user, item))
+    assert_agree(model, model(), (user, item))
     terms = model.terms(users, items[:, None])
     logits = unit(user[users]) @ unit(item[items]).T / 0.5
     main = (logits.logsumexp(1) - logits.diagonal()).mean()
@@ -713,10 +715,10 @@ def test_slmrec_by_hand(odd, samples):
         along = along @ model.chain[m].weight.T
         logits = along @ (modal[some] @ model.view[m].weight.T).T / 0.2
         contrast = contrast + (logits.logsumexp(1) - logits.diagonal()).mean()
-    agree(model, [terms["softmax"]], [main])
+    assert_agree(model, [terms["softmax"]], [main])
     assert close(terms["contrast"], 0.3 * contrast, atol=1e-4)
     scale = max(g.abs().max() for g in gradients(model, contrast))
-    agree(model, [terms["contrast"] / scale], [0.3 * contrast / scale])
+    assert_agree(model, [terms["contrast"] / scale], [0.3 * contrast / scale])
     rows = model.user[users], model.item[items]
     assert close(terms["l2"], 0.01 * penalty(len(users), *rows))
 
@@ -833,8 +835,8 @@ def test_lattice_by_hand(odd, pairs, fixed):
     model = made("LATTICE", odd, neighbours=4, frozen=fixed)
     drawn(model)
     by_hand = lattice_by_hand(model, odd, 4, fixed)
-    agree(model.eval(), model(), by_hand)
-    agree(model.train(), model(), by_hand)
+    assert_agree(model.eval(), model(), by_hand)
+    assert_agree(model.train(), model(), by_hand)
     kept = model()  # from the constants
     assert all(close(a, b) for a, b in zip(kept, by_hand, strict=True))
     for part, whole in zip(kept, by_hand, strict=True):
@@ -843,7 +845,7 @@ def test_lattice_by_hand(odd, pairs, fixed):
             for x in (part, whole)
         )
         assert close(ours, theirs, atol=1e-3)
-    ranks_as_its_terms(model, *pairs)
+    assert_it_ranks_as_its_terms(model, *pairs)
 
 
 def test_lattice_is_judged_by_its_weights(odd, pairs):
@@ -981,7 +983,7 @@ def test_freedom_by_hand(odd, pairs):
             s = s + own
     user, item = propagated(odd.train, model.user, model.item, 2)
     item = item + s @ model.item
-    agree(model, model(), (user, item))
+    assert_agree(model, model(), (user, item))
     for size in (5, 100):  # the batch's rows alone are mapped, or all
         users, lists = (part[:size] for part in pairs)
         found = model.terms(users, lists)
@@ -994,7 +996,7 @@ def test_freedom_by_hand(odd, pairs):
         wanted = {"bpr": bpr_loss(logits[:, 0], logits[:, 1])}
         wanted |= {"l2": 0.01 * penalty(size, *rows), "content": 0.3 * content}
         assert found.keys() == wanted.keys()
-        agree(model, [found[name] for name in wanted], list(wanted.values()))
+        assert_agree(model, [found[name] for name in wanted], list(wanted.values()))
 
 
 # ------------------------------------------------------------ BM3
@@ -1052,7 +1054,9 @@ def test_bm3_by_hand(odd, pairs, size, monkeypatch):
     item = item + model.item
     q = model.predict
     assert q.bias is not None
-    agree(model, model(), (mapped(q, user), mapped(q, item)))  # ranked with q, not dropped
+    assert_agree(
+        model, model(), (mapped(q, user), mapped(q, item))
+    )  # ranked with q, not dropped
     assert not asked
     users, lists = (part[:size] for part in pairs)
     items = lists[:, 0]
@@ -1069,7 +1073,7 @@ def test_bm3_by_hand(odd, pairs, size, monkeypatch):
     wanted = {"ids": ids, "content": 0.3 * content, "l2": 0.01 * penalty(size, *rows)}
     found = model.terms(users, lists[:, :1])
     assert found.keys() == wanted.keys() and set(asked) == {0.4}
-    agree(model, [found[name] for name in wanted], list(wanted.values()))
+    assert_agree(model, [found[name] for name in wanted], list(wanted.values()))
 
 
 # ------------------------------------------------------------ all nine
