@@ -351,8 +351,8 @@ class Teacher(nn.Module):
         f = layer.xw + layer.bias  # [I, d_T]
         if self.config.lambda_prompt:
             f = f + self.shift(m, layer, p)
-        f = f * self.filled[m]
-        return drop(f, self.config.dropout) if self.training else f
+        filled = self.filled[m]  # [I, 1]
+        return drop(f, self.config.dropout, filled) if self.training else f * filled
 
     def shift(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
         """λ₁ p^m W^m of Eq. 4: [I, d_T]."""
@@ -361,7 +361,8 @@ class Teacher(nn.Module):
         ptx = theta.T @ self.gram[m]  # pᵀX [d, d_m]
         square = ((p.T @ p) @ ptx * ptx).sum()  # ‖p pᵀX‖²  []
         share = self.features[m].norm() / square.clamp(min=1e-24).sqrt()  # s
-        return self.config.lambda_prompt * share * (p @ (ptx @ layer.weight))
+        scale = self.config.lambda_prompt * share  # []
+        return p @ (scale * (ptx @ layer.weight))
 
     def reduced(self, fixed: dict[str, Fixed] | None = None) -> dict[str, Tensor]:
         """f^m [I, d_T] of every modality."""
@@ -413,10 +414,13 @@ class Teacher(nn.Module):
         return Encoded(*fused, user_modal, item_modal)
 
 
-def drop(x: Tensor, rate: float) -> Tensor:
-    """ϱ of Eq. 4. Comparing uniforms is twice as fast as F.dropout on a CPU."""
+def drop(x: Tensor, rate: float, filled: Tensor | float = 1.0) -> Tensor:
+    """ϱ of Eq. 4; rows that are not filled [I, 1] are zero, by the same product.
+
+    Comparing uniforms is twice as fast as F.dropout on a CPU.
+    """
     keep = 1 - rate
-    return x * ((torch.rand_like(x) < keep) / keep)
+    return x * ((torch.rand_like(x) < keep) * (filled / keep))
 
 
 # ------------------------------------------------------------ student
@@ -477,7 +481,7 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
     y = ⟨Â_ui f, f + Â_iu Â_ui f⟩ without the edge (u, i+) itself: u's profile contains i+,
     so that any f would rank i+ high, and nothing were learnt about other items (P16).
     """
-    positive, negative = lists[:, 0], lists[:, 1:]  # [B], [B, 1]
+    positive, negative = lists.unbind(1)  # [B], [B]
     edge = teacher.graph.edge(users, positive)[:, None]  # Â_ui of the positive  [B, 1]
     terms = {}
     for m, f in teacher.reduced().items():
@@ -486,7 +490,7 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
         of_others = user - edge * f.index_select(0, positive)  # [B, d_T]
         item = content.index_select(0, positive) - edge * user  # [B, d_T]
         taken = (of_others * item).sum(1)  # y of i+  [B]
-        other = scores(profile, content, users, negative)[:, 0]  # y of i-  [B]
+        other = (user * content.index_select(0, negative)).sum(1)  # y of i-  [B]
         size = teacher.size[m]  # before training, so that σ sees margins of about 1
         terms[f"bpr_{m}"] = bpr_loss(taken / size, other / size)
     return terms
