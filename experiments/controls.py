@@ -62,8 +62,10 @@ def controls(lab: Lab, seeds: int) -> Output:
     jobs |= {"Teacher": Job("Teacher", full), FULL: Job(FULL, full)}
     elsewhere = {}
     for name, features in useless(lab).items():
-        elsewhere[name] = with_data(lab, replace(lab.dataset, features=features))
-        jobs[name] = Job(FULL, full)
+        place = with_data(lab, replace(lab.dataset, features=features))
+        sums = f"{FUSED}, {name}"
+        elsewhere |= {sums: place, name: place}
+        jobs |= {sums: Job(FUSED, settings(lab, FUSED)), name: Job(FULL, full)}
     if not lab.source:  # each row costs five trainings
         itself = replace(full, lambda_embed=0.0, list_from="joint")
         jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)

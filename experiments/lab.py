@@ -405,7 +405,7 @@ def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
         if "joint" in words:
             yield job._replace(model="Teacher")
         if job.model == FUSED:
-            yield job._replace(model="LightGCN")
+            yield from with_ids(lab, job)
         elif not is_untrained(job.model):
             yield job
 
@@ -445,7 +445,7 @@ def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> li
     if is_untrained(model):
         return list(untrained(lab, model))
     if model == FUSED:
-        pair, _ = late_fusion(lab.dataset, tuple(embeddings(lab, "LightGCN", config)))
+        pair, _ = late_fusion(lab.dataset, ids_of(lab, config))
         return list(pair)
     stored = data.read_arrays(learn(lab, model, config, kind) / "embeddings.npz")
     return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
@@ -467,8 +467,9 @@ def judge(
     if is_untrained(model):
         return per_user(lab, Job(model, config), split)
     if model == FUSED:  # kept beside its LightGCN, under the digest of its own code
-        name = f"fused-{code_digest((Path(inspect.getsourcefile(profile)),))}-{split}.npz"
-        file = learn(lab, "LightGCN", config) / name
+        code = code_digest((Path(inspect.getsourcefile(profile)),))
+        name = f"fused-{lab.fingerprint[:12]}-{code}-{split}.npz"
+        file = learn(lab.beneath or lab, "LightGCN", config) / name
     else:
         file = learn(lab, model, config, kind) / f"{split}.npz"
     if file.exists():

@@ -902,12 +902,19 @@ def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypa
     monkeypatch.setattr(laboratory, "judge", judging)
     output = controls(dataclasses.replace(lab, quick=True), 1)
     real = ["LightGCN", laboratory.FUSED, "Teacher", "PromptMM"]
-    elsewhere = ["features shuffled", "features of noise"]
-    assert [row["model"] for row in output.rows] == real + elsewhere
+    useless_rows = ["features shuffled", "features of noise"]
+    elsewhere = [[f"{laboratory.FUSED}, {name}", name] for name in useless_rows]
+    assert [row["model"] for row in output.rows] == real + sum(elsewhere, [])
+    sums = {place for model, place in judged if model == laboratory.FUSED}
+    assert len(sums) == 3
+    alone = [place.fingerprint for model, place in trained if model == "LightGCN"]
+    assert set(alone) == {lab.fingerprint}  # the sums too stand on the one LightGCN
+    kept = [file.name for file in lab.cache.glob("lightgcn-*/fused-*-test.npz")]
+    assert all(any(place[:12] in name for name in kept) for place in sums)
     assert [row["model"] for row in output.extra["fidelity"]] == ["LightGCN", "PromptMM"]
     places = {place.fingerprint: place for model, place in trained if model == "PromptMM"}
     assert len(places) == 3
-    assert {found for model, found in judged if model == "PromptMM"} == set(places)
+    assert {found for model, found in judged if model == "PromptMM"} == set(places) == sums
     assert {found for model, found in judged if model == "LightGCN"} == {lab.fingerprint}
     ids = [
         embeddings(one, "LightGCN", ids_settings(one, Config())) for one in places.values()
