@@ -24,8 +24,6 @@ from inspect import getsourcefile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import data
 import experiments.lab
 from baselines import MODELS
@@ -40,7 +38,16 @@ from experiments.convergence import figure5
 from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
-from experiments.lab import Lab, bare, code_digest, digest, locked, settings, sources
+from experiments.lab import (
+    Lab,
+    bare,
+    code_digest,
+    digest,
+    locked,
+    same_figures,
+    settings,
+    sources,
+)
 from experiments.methods import methods
 from experiments.printed import counts, figure2, table8, table9
 from experiments.prompt import prompt
@@ -180,6 +187,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--models", default="", help="of tune and table4: these alone, A,B,…"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="models trained side by side, a thread each"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--out", type=Path, help="(default: results; with --quick: runs/quick)"
@@ -197,6 +207,7 @@ def parse(argv: list[str]) -> Namespace:
         args.seeds >= 0 and 1 < args.tries <= 24,
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
     )
+    need(1 <= args.jobs <= 256, f"expected --jobs 1 to 256, found {args.jobs}")
     return args
 
 
@@ -222,11 +233,17 @@ def laboratory(args: Namespace) -> Lab:
     device = data.pick_device(args.device)
     dataset = data.load(args.data) if args.data else data.synthetic()
     out = args.out or experiments.lab.ROOT / ("runs/quick" if args.quick else "results")
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # it would fill each `empty`
+    same_figures(device)
+    return Lab(
+        dataset,
+        args.data,
+        device,
+        args.seeds,
+        args.quick,
+        out,
+        args.keep,
+        side_by_side=args.jobs,
     )
-    return Lab(dataset, args.data, device, args.seeds, args.quick, out, args.keep)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ import fcntl
 import hashlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -112,6 +115,7 @@ class Lab:
     beneath: "Lab | None" = None  # whose LightGCN teachers stand on: it reads no feature
     chosen: dict = field(default_factory=dict, compare=False)  # while a search goes on
     used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
+    side_by_side: int = 1  # models trained at a time, each in a process of its own
 
     @cached_property
     def fingerprint(self) -> str:
@@ -385,8 +389,8 @@ def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
         if not is_trained(folder):
             todo[folder] = job
     began = time.perf_counter()
-    for n, job in enumerate(todo.values(), 1):
-        log = log_of(learn(lab, *job))
+    for n, (job, folder) in enumerate(learn_each(lab, list(todo.values())), 1):
+        log = log_of(folder)
         epochs, best = log["epoch"][-1], log["recall@20"].max()
         spent = time.perf_counter() - began
         left = spent / n * (len(todo) - n)
@@ -394,6 +398,47 @@ def learn_all(lab: Lab, title: str, jobs: list[Job]) -> None:
         what = f"{job.model}, seed {job.config.seed}, {epochs:.0f} epochs"
         pace = f"{spent:.0f} s, about {left:.0f} s left"
         print(f"{where}: {what}, validation {best:.4f}; {pace}", flush=True)
+
+
+def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
+    """Each job and its folder, as it is trained: one by one, or some side by side.
+
+    Side by side each has a thread. What teaches comes first: a student whose teacher is
+    still being trained waits for it (`locked`).
+    """
+    if lab.side_by_side == 1 or len(jobs) == 1:
+        for job in jobs:
+            yield job, learn(lab, *job)
+        return
+    in_turn = sorted(
+        jobs, key=lambda job: (job.model not in MODELS, job.model != "Teacher")
+    )
+    context = multiprocessing.get_context("spawn")
+    given = ROOT, lab.device
+    with ProcessPoolExecutor(lab.side_by_side, context, prepare, given) as pool:
+        begun = {pool.submit(learn, lab, *job): job for job in in_turn}
+        try:
+            for future in as_completed(begun):
+                yield begun[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def prepare(root: Path, device: torch.device) -> None:
+    """What a process needs before it trains: the folders, one thread, a silent end."""
+    global ROOT
+    ROOT = root
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    same_figures(device)
+
+
+def same_figures(device: torch.device) -> None:
+    """From the same seed, on a CPU."""
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    # Deterministic mode would fill each `empty` first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
 
 
 def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:

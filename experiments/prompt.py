@@ -243,7 +243,7 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     student = Student(dataset.train, config, lab.device)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), dataset, config, lab.device, {})
-        encode = on_one_scale(teacher)
+        encode = on_one_scale(teacher, frozen=not parameters)
         for weight in parameters:
             weight.requires_grad_(True)
         taught = Distillation(run, encode)
@@ -266,8 +266,8 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     return found
 
 
-def on_one_scale(teacher: Teacher) -> Callable[[], Encoded]:
-    """`promptmm.stage_two` for a teacher of which any part may be tuned."""
+def on_one_scale(teacher: Teacher, frozen: bool = False) -> Callable[[], Encoded]:
+    """`promptmm.stage_two` for a teacher of which any part may be tuned, or none."""
     with torch.no_grad():
         first = teacher()
     size = deviation_of(first.teacher_user, first.teacher_item)
@@ -280,7 +280,10 @@ def on_one_scale(teacher: Teacher) -> Callable[[], Encoded]:
         scaled = {m: part / one for (m, part), one in parts}
         return Encoded(user / size, item, scaled, item_modal)
 
-    return encode
+    if not frozen:
+        return encode
+    encoded = encode()
+    return lambda: encoded
 
 
 # ------------------------------------------------------------ later data

@@ -318,6 +318,49 @@ def test_two_processes_train_one_model_once(folder, tmp_path):
     assert "".join(printed_by).split() == ["trained"] * 3  # LightGCN, teacher, student
 
 
+def side_by_side(dataset: data.Dataset, config: Config, root: Path, jobs: int) -> Lab:
+    lab = Lab(dataset, "shop", torch.device("cpu"), 2, False, root, side_by_side=jobs)
+    return beneath(lab, config)
+
+
+def test_models_trained_side_by_side_are_those_of_one_by_one(
+    tiny, config, tmp_path, monkeypatch, capsys
+):
+    """To the last bit, a line for each; none of them by this process."""
+    dataset = replaced(tiny, name="shop")
+    jobs = [Job("PromptMM", config), Job("MF-BPR", settings_of("MF-BPR", config))]
+    found, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for n in (1, 2):
+            with monkeypatch.context() as patch:
+                patch.setattr(laboratory, "ROOT", tmp_path / str(n))
+                lab = side_by_side(dataset, config, tmp_path, n)
+                if n == 2:
+                    patch.setattr(laboratory, "train", None)
+                laboratory.learn_all(lab, "both", jobs)
+                found.append([e for job in jobs for e in embeddings(lab, *job)])
+            lines = capsys.readouterr().out.splitlines()
+            assert [line.split(":")[0] for line in lines] == [
+                f"shop both {turn}/4" for turn in range(1, 5)
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(lab.used) == 4  # with LightGCN and the teacher
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_what_fails_side_by_side_fails_here(tiny, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    lab = side_by_side(replaced(tiny, name="shop"), config, tmp_path, 2)
+    jobs = seeded(Job("LightGCN", settings_of("LightGCN", config)), 2)
+    file = lab.folder(*jobs[0]) / "state.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"no state")
+    with pytest.raises(data.DataError, match="state.pt: "):
+        laboratory.learn_all(lab, "both", jobs)
+
+
 # ------------------------------------------------------------ the code is part of the name
 
 
@@ -1296,6 +1339,7 @@ def test_figure_3_needs_two_modalities(folder, embedded, capsys):
     [
         (["table4", "--seeds", "-1"], "--seeds 0 or more"),
         (["tune", "--tries", "25"], "2 to 24"),
+        (["table4", "--jobs", "0"], "--jobs 1 to 256, found 0"),
         (["tune", "--models", "BM4"], "expected some of MF-BPR"),
         (["table5", "--models", "BM3"], "expected with tune or table4"),
         (["table44"], "invalid choice"),
