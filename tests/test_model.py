@@ -271,9 +271,10 @@ def test_a_row_without_content_stays_zero(tiny, config):
     with torch.no_grad():
         teacher.reduction[0].bias += 1.0
         teacher.prompt.bias += 1.0
-    f = teacher.eval().reduced()["visual"]
-    assert (f[3:6] == 0).all()
-    assert (f[6:] != 0).any(1).all()
+    for training in (True, False):  # with dropout, and without
+        f = teacher.train(training).reduced()["visual"]
+        assert (f[3:6] == 0).all()
+        assert (f[6:] != 0).any(1).all()
 
 
 @given(st.integers(0, 10**6), st.floats(0, 50))
