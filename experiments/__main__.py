@@ -10,7 +10,8 @@
 Every model is trained by the functions that `promptmm.py` uses, once for each setting and
 seed: runs/experiments/ keeps what was trained, by data, settings and code, so that the
 tables share it and an interrupted command goes on where it stopped. After a change of the
-core's code it is trained anew; `--keep` takes what older code has trained.
+core's code it is trained anew; `--keep` takes what older code has trained. `--jobs 2`
+trains two models at a time, to the same figures as `OMP_NUM_THREADS=1` does.
 """
 
 import contextlib
