@@ -160,6 +160,12 @@ def one_scale(pair: Pair) -> Pair:
     return torch.where(size > 1e-12, user / size.clamp(min=1e-12), 0.0), item
 
 
+def most_popular(train: sparse.csr_matrix, device) -> Pair:
+    """Popularity as embeddings of width 1: [U, 1], [I, 1]."""
+    popularity = torch.from_numpy(np.asarray(train.sum(0), np.float32)).T.to(device)
+    return popularity.new_ones(train.shape[0], 1), popularity
+
+
 def fuse(pairs: list[Pair], weights: list[float]) -> Pair:
     """The weighted sum of rankings, as embeddings side by side: [U, Σ e], [I, Σ e]."""
     kept = [(w * user, item) for w, (user, item) in zip(weights, pairs, strict=True) if w]

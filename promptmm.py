@@ -60,6 +60,7 @@ from evaluate import (
     fuse,
     ladder,
     line_search,
+    most_popular,
     one_scale,
     recommend,
     spread,
@@ -68,6 +69,7 @@ from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
 EMBED_SAMPLE = 512  # items at a step that Eq. 11 is averaged over
+CACHED = 2**19  # floats of an array that a cache still holds
 Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
 Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
@@ -315,8 +317,8 @@ class Teacher(nn.Module):
 
     def modality_weights(self) -> dict[str, float]:
         """w_m by modality."""
-        weights = [round(weight, 4) for weight in self.weights.tolist()]
-        return dict(zip(self.features, weights, strict=True))
+        pairs = zip(self.features, self.weights.tolist(), strict=True)
+        return {m: round(weight, 4) for m, weight in pairs}
 
     @torch.no_grad()
     def weigh(self, train: sparse.csr_matrix, val: sparse.csr_matrix) -> None:
@@ -373,8 +375,6 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def prompt_share(self) -> float:
         """‖λ₁ p^m W^m‖ / ‖x^m W^m‖, mean over m: how much of f^m the prompt makes."""
-        if not self.config.lambda_prompt:
-            return 0.0
         p = self.prompt(self.tokens)  # [I, d]
         layers = self.fixed()
         shares = [self.shift(m, one, p).norm() / one.xw.norm() for m, one in layers.items()]
@@ -605,8 +605,8 @@ def train_epoch(
     broken = (~steps.isfinite()).nonzero().tolist()
     if broken:
         step, term = broken[0]
-        where = f"from step {step + 1} of an epoch"
-        raise FloatingPointError(f"{names[term]} is not finite, {where}")
+        what = f"{names[term]} is not finite, from step {step + 1} of an epoch"
+        raise FloatingPointError(what)
     return dict(zip(names, steps.mean(0).tolist(), strict=True))
 
 
@@ -761,12 +761,12 @@ class Distillation:
     def refresh(self) -> None:
         """Find each user's best items: once, or at each epoch if the prompt moves."""
         known = len(self.best) and not self.config.tune_prompt
-        if not self.from_top or not self.encode or known:
+        if not self.encode or not self.from_top or known:
             return
         with torch.no_grad():
             user, item, *_ = self.encode()
-        pool = self.config.list_pool
-        self.best, self.told = best_unobserved(user, item, self.train, pool)
+        found = best_unobserved(user, item, self.train, self.config.list_pool)
+        self.best, self.told = found
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """K - 1 of each user's best items, drawn anew, and their logits: [B, K - 1]."""
@@ -908,12 +908,6 @@ def pipeline(run: Run) -> dict:
     return metrics
 
 
-def most_popular(train: sparse.csr_matrix, device) -> Pair:
-    """Popularity as embeddings of width 1: [U, 1], [I, 1]."""
-    popularity = torch.from_numpy(np.asarray(train.sum(0), np.float32)).T.to(device)
-    return popularity.new_ones(train.shape[0], 1), popularity
-
-
 def _encode(teacher: Teacher) -> Encoded:
     with torch.no_grad():
         return teacher()
@@ -936,11 +930,11 @@ def _judge(run: Run, ranked: dict[str, Pair]) -> dict[str, Any]:
     """Metrics of each model on both splits; here alone is the test split read."""
     dataset = run.dataset
     seen = dataset.train + dataset.val if run.config.mask == "all" else dataset.train
-    found: dict[str, Any] = {"validation": {}, "test": {}}
-    for model, pair in ranked.items():
-        found["validation"][model] = evaluate(*pair, dataset.val, exclude=dataset.train)
-        found["test"][model] = evaluate(*pair, dataset.test, exclude=seen)
-    return found
+    splits = {"validation": (dataset.val, dataset.train), "test": (dataset.test, seen)}
+    return {
+        name: {model: evaluate(*pair, *split) for model, pair in ranked.items()}
+        for name, split in splits.items()
+    }
 
 
 def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
@@ -1014,7 +1008,9 @@ def _start(args: argparse.Namespace) -> Run:
     folder = Path(args.out or f"runs/{Path(name).name}")
     _check_flags(args)
     _check_folder(folder, args)
-    stored = _stored(folder) if args.resume else {}
+    stored = {}
+    if args.resume:
+        stored = data.read_json(folder / "config.json", *vars(Config()), sealed=True)
     source = args.data or stored.get("data")
     device = data.pick_device(args.device)
     config = _chosen(LIGHTGCN if args.student_only else PRESETS, args, stored, source)
@@ -1027,18 +1023,15 @@ def _start(args: argparse.Namespace) -> Run:
         "fingerprint": data.fingerprint(dataset),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        **vars(config),
+        "lightgcn": vars(beside),
     }
-    facts |= vars(config) | {"lightgcn": vars(beside)}
     if args.resume:
         _same_run(folder, facts, stored)
     _prepare(folder, facts, keep=args.resume)
     file = folder / "state.pt"
     state = data.read_torch(file, device) if file.exists() else {}
     return Run(folder, dataset, config, device, state, beside)
-
-
-def _stored(folder: Path) -> dict:
-    return data.read_json(folder / "config.json", *vars(Config()), sealed=True)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -1172,14 +1165,18 @@ class Product(torch.autograd.Function):
 class Scores(torch.autograd.Function):
     """y_bk = ⟨user[users_b], item[lists_bk]⟩; its backward pass adds rows in their place.
 
-    Autograd's own would be as right, but slower by half: it copies the [B, K, d] gradient.
+    Autograd's own would be as right, but slower: it copies the [B, K, d] gradient. Here
+    such an array is made of as much of the batch as a cache holds.
     """
 
     @staticmethod
     def forward(ctx, user: Tensor, item: Tensor, users: Tensor, lists: Tensor) -> Tensor:
         ctx.save_for_backward(user, item, users, lists)
-        rows = item.index_select(0, lists.flatten()).view(*lists.shape, -1)  # [B, K, d]
-        return torch.einsum("bd,bkd->bk", user.index_select(0, users), rows)
+        logits = []
+        for some, listed in pieces(user, users, lists):
+            rows = F.embedding(listed, item)  # [b, K, d]
+            logits.append(torch.einsum("bd,bkd->bk", user.index_select(0, some), rows))
+        return torch.cat(logits)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1188,12 +1185,18 @@ class Scores(torch.autograd.Function):
         by_row = F.embedding_bag(  # a user's list, weighted and summed  [B, d]
             lists, item.detach(), mode="sum", per_sample_weights=gradient
         )
-        by_cell = gradient[:, :, None] * user.index_select(0, users)[:, None]  # [B, K, d]
-        of_user = torch.zeros_like(user)  # [U, d]
+        of_user = torch.zeros_like(user).index_add_(0, users, by_row)  # [U, d]
         of_item = torch.zeros_like(item)  # [I, d]
-        of_user.index_add_(0, users, by_row)
-        of_item.index_add_(0, lists.flatten(), by_cell.flatten(0, 1))
+        for some, listed, part in pieces(user, users, lists, gradient):
+            by_cell = part[:, :, None] * user.index_select(0, some)[:, None]  # [b, K, d]
+            of_item.index_add_(0, listed.flatten(), by_cell.flatten(0, 1))
         return of_user, of_item, None, None
+
+
+def pieces(user: Tensor, users: Tensor, lists: Tensor, *more: Tensor) -> zip:
+    """users [B], lists [B, K] and more, in parts of b rows: a cache holds [b, K, d]."""
+    number = 1 + lists.numel() * user.shape[1] // CACHED
+    return zip(*(part.chunk(number) for part in (users, lists, *more)), strict=True)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,12 @@ from baselines import MODELS
 from baselines.profile import late_fusion, profile
 from data import Dataset, need, write
 from distillers import METHODS
-from evaluate import evaluate, paired_test
+from evaluate import evaluate, most_popular, paired_test
 from promptmm import (
     Config,
     Pair,
     Run,
     Teacher,
-    most_popular,
     stage_two,
     train_student,
     train_teacher,

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 import data
+from evaluate import most_popular
 from lessons import common
-from promptmm import most_popular, train_student, train_teacher
+from promptmm import train_student, train_teacher
 
 
 # %%

@@ -1,6 +1,7 @@
 """Propagation, prompt, teacher and student against dense, direct, readable references."""
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import sparse
 from torch.autograd import gradcheck
 
 import data
+import promptmm
 from losses import l2_penalty
 from promptmm import (
     Config,
@@ -99,9 +101,18 @@ def test_the_sparse_product_is_torchs_own(train, seed):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.integers(0, 99))
-def test_scores_are_gathered_inner_products(n_users, n_items, width, seed):
-    """Value and gradient against indexing, einsum and autograd; users and items repeat."""
+@given(
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.sampled_from([5, 30, 2**19]),
+)
+def test_scores_are_gathered_inner_products(n_users, n_items, width, seed, cached):
+    """Value and gradient against indexing, einsum and autograd; users and items repeat.
+
+    Whole, in pieces, and in the smallest: that no cache may hold the batch changes nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     user = torch.randn(
         n_users, 3, generator=generator, dtype=torch.float64, requires_grad=True
@@ -114,12 +125,15 @@ def test_scores_are_gathered_inner_products(n_users, n_items, width, seed):
     weight = torch.randn(7, width, generator=generator, dtype=torch.float64)
     gathered = torch.einsum("bd,bkd->bk", user[users], item[lists])
     found = []
-    for logits in (scores(user, item, users, lists), gathered):
-        gradients = torch.autograd.grad((logits * weight).sum(), (user, item))
-        found.append((logits, *gradients))
+    with mock.patch.object(promptmm, "CACHED", cached):
+        for _, listed in promptmm.pieces(user, users, lists):
+            assert 3 * listed.numel() <= cached + 3 * width  # a row at least
+        for logits in (scores(user, item, users, lists), gathered):
+            gradients = torch.autograd.grad((logits * weight).sum(), (user, item))
+            found.append((logits, *gradients))
+        assert gradcheck(lambda u, i: scores(u, i, users, lists), (user, item))
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
-    assert gradcheck(lambda u, i: scores(u, i, users, lists), (user, item))
 
 
 def test_propagation_gradient():
