@@ -632,7 +632,7 @@ def fit(
     config, state = run.config, run.state
     sampler = Sampler(run.dataset.train, run.device)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # errata P8
-    batch, patience = _pace(config, stage, len(sampler.user))
+    batch, patience = pace(config, stage, len(sampler.user))
     _begin(run, stage, learner, optimiser)
     if stage == "teacher" and state["epoch"] == 0:
         _validate(run, learner, {}, rank)
@@ -657,7 +657,7 @@ def fit(
     write(run.folder / f"{stage}.pt", partial(torch.save, learner.state_dict()))
 
 
-def _pace(config: Config, stage: str, edges: int) -> tuple[int, int]:
+def pace(config: Config, stage: str, edges: int) -> tuple[int, int]:
     """A step's training edges, a tenth or a 40th of all if not given; and the patience.
 
     A step passes over the whole graph. With a fixed batch an epoch would cost E / B of

@@ -21,18 +21,17 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from inspect import getsourcefile
 from pathlib import Path
 from typing import NamedTuple
 
 import data
 import experiments.lab
-from baselines import MODELS
+from baselines import MODELS, profile
 from data import DataError, Parser, need, write
 from distillers import METHODS
 from experiments import bench
 from experiments.ablation import figure3, options, table5
-from experiments.claims import claims
+from experiments.claims import claims, earlier
 from experiments.comparison import first_run, popularity, table3, table4
 from experiments.controls import controls, lists
 from experiments.convergence import figure5
@@ -143,7 +142,7 @@ def run_part(lab: Lab, part: Part, seeds: int, more: dict) -> Output:
 
 
 def state_of(lab: Lab, part: Part, more: dict) -> str:
-    """What a finished part depends on: the models, its own code, what was asked."""
+    """What a finished part depends on: models, the experiments' code, what was asked."""
     trained = (*MODELS, "Teacher", "PromptMM")
     if part.name in ("methods", "claims", "tune_methods"):
         trained += tuple(METHODS)
@@ -151,8 +150,11 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
         models = [code_digest(sources(model)) for model in trained]
     else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
-    code = bare(Path(getsourcefile(part.function)).read_text())
-    return digest([models, code, lab.seeds, lab.quick, str(lab.out), more])
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(profile.__file__)]
+    code = [bare(file.read_text()) for file in files]
+    seeds = lab.count(part.seeds)
+    before = earlier(lab) if part.name == "claims" else {}
+    return digest([models, code, seeds, lab.quick, str(lab.out), more, before])
 
 
 # ------------------------------------------------------------ command line

@@ -311,7 +311,9 @@ def evaluate_bound(on: Setting, speed: float) -> float:
     """The scores' product, and each score written and read once."""
     judged = int((np.diff(on.dataset.test.indptr) > 0).sum())
     n_items = shape_of(on)[1]
-    user, item = (torch.randn(n, on.config.dim) for n in (judged, n_items))
+    user, item = (
+        torch.randn(n, on.config.dim, device=on.device) for n in (judged, n_items)
+    )
     chunk = max(1, CHUNK_SCORES // n_items)
     product = median(lambda: [part @ item.T for part in user.split(chunk)], on.device, 5)
     return product + 2 * 4 * judged * n_items / speed
@@ -333,13 +335,13 @@ def distilled_bound(on: Setting, speed: float) -> float:
 
 
 def teacher_bound(on: Setting, speed: float) -> float:
-    """XW forward and its gradient as products; six sparse products' traffic a modality."""
+    """XW forward and its gradient as products; four sparse products' traffic a modality."""
     n_users, n_items = shape_of(on)
     total = 0.0
     for x in on.dataset.features.values():
         d_t = min(on.config.dim_teacher, x.shape[1])
-        content = torch.randn(n_items, x.shape[1])
-        weight = torch.randn(x.shape[1], d_t)
+        content = torch.randn(n_items, x.shape[1], device=on.device)
+        weight = torch.randn(x.shape[1], d_t, device=on.device)
         out = content @ weight
         total += median(lambda a=content, b=weight: a @ b, on.device, 3)
         total += median(lambda a=content, b=out: a.T @ b, on.device, 3)
@@ -421,13 +423,20 @@ def bench_growth(threads: int) -> None:
     """Seconds a step and peak memory as U, I, E and d_m grow, each in its own process."""
     columns = f"{'student alone':>15}{'teacher':>10}{'tuned':>10}{'peak memory':>14}"
     print(f"\n{'growth':32}{columns}")
+    base = grown(GROWN, threads)
     for name in GROWN:
         for factor in FACTORS:
             size = GROWN | {name: GROWN[name] * factor}
-            command = [*module("bench"), f"--threads={threads}"]
-            command += [f"--{key}={value}" for key, value in size.items()]
+            found = base if size == GROWN else grown(size, threads)
             label = f"{name} = {size[name]:,}"
-            print(f"{label:32}{growth_row(json.loads(child(command)))}", flush=True)
+            print(f"{label:32}{growth_row(found)}", flush=True)
+
+
+def grown(size: dict[str, int], threads: int) -> dict[str, float]:
+    """What `point` finds at this size, in a process of its own."""
+    command = [*module("bench"), f"--threads={threads}"]
+    command += [f"--{key}={value}" for key, value in size.items()]
+    return json.loads(child(command))
 
 
 def bench_scale(threads: int) -> None:

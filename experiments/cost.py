@@ -40,6 +40,7 @@ from promptmm import (
     Student,
     Teacher,
     Terms,
+    pace,
     stage_two,
     teacher_terms,
     train_epoch,
@@ -63,9 +64,11 @@ COLUMNS = {
 }
 NOTE = (
     "each row is a process of its own, its peak that of the process, torch's own pages "
-    "included; s/epoch: median of three, without validation; s to embeddings: from files "
-    "on disk to E_u and E_i; bytes to serve: what must be held to refresh and serve "
-    "embeddings, that is tables, and of the teacher reductions, prompt and features too. "
+    "included; s/epoch: median of three, without validation, a distilled student's under a "
+    "teacher in which every modality weighs; s to embeddings: median of five, from files "
+    "to E_u and E_i, a teacher's principal components among it; bytes to serve: what must "
+    "be held to refresh and serve embeddings, that is tables, and of the teacher "
+    "reductions, prompt and features too. "
     "Frozen final embeddings would be equally large for both. The comparison models were "
     "trained for an epoch: what they cost does not depend on what they have learnt"
 )
@@ -116,14 +119,15 @@ def measure(model: str, source: Path, run: Path, device: str) -> dict:
     stored = data.read_json(run / "config.json", sealed=True)
     config = settings_class(model)(**stored)
     config = replace(config, tune_prompt=model.endswith("tuned"))
-    began = time.perf_counter()
-    learner = load(model, source, run, config, device)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def embed() -> nn.Module:
+        learner = load(model, source, run, config, device)
         learner.eval()()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    row = {"embed": time.perf_counter() - began, "peak_embed": peak(device)}
-    row |= sizes(learner)
+        return learner
+
+    learner = embed()
+    row = {"peak_embed": peak(device), "embed": median(embed, device, 5)} | sizes(learner)
     row["epoch"] = epoch(model, learner, data.load(source), config, device)
     return row | {"peak_train": peak(device)}
 
@@ -172,9 +176,7 @@ def epoch(
     learner, terms = training.learner, training.terms
     optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-4, fused=True)
     sampler, generator = Sampler(dataset.train, device), torch.Generator(device)
-    given = config.batch_teacher if kind == "teacher" else config.batch
-    share = 10 if kind == "teacher" else 40
-    batch = given or max(256, -(-dataset.train.nnz // share))
+    batch, _ = pace(config, kind, dataset.train.nnz)
 
     def once():
         training.each_epoch()

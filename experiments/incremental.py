@@ -27,7 +27,7 @@ from experiments.lab import (
     with_data,
 )
 from experiments.publish import Output, markdown, protocol
-from promptmm import Config, Student, bpr_terms, scores, train_epoch
+from promptmm import Config, Student, bpr_terms, pace, scores, train_epoch
 
 LATER = 0.2  # share of the training interactions that arrives later
 ANEW = ("LightGCN", "LATTICE")  # retrained beside PromptMM, as in the paper's Table 7
@@ -130,7 +130,7 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
     generator = torch.Generator(lab.device).manual_seed(config.seed)
     step = config.lr_student / 10  # small, for it starts from a trained model
     optimiser = torch.optim.AdamW(student.parameters(), lr=step, weight_decay=0.0)
-    batch = config.batch or max(256, -(-lab.dataset.train.nnz // 40))
+    batch, _ = pace(config, "student", lab.dataset.train.nnz)
 
     def terms(users: Tensor, lists: Tensor) -> dict[str, Tensor]:
         logits = scores(*student(), users, lists)  # [B, 2]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 import distillers.common
@@ -14,6 +15,7 @@ from data import Sampler
 from distillers.counterfactual import CKD, block_margins, weights_of
 from distillers.several_teachers import PRMKD, teacher_weights
 from evaluate import evaluate, fuse, one_scale
+from experiments.incremental import only_new
 from experiments.lab import (
     Job,
     Lab,
@@ -45,14 +47,17 @@ class Finding(NamedTuple):
 
 
 def by_seeds(differences) -> str:
-    """Is the mean difference over seeds beyond two standard errors, and which way?
+    """Is the mean difference over seeds not zero by a t test (p < .05), and which way?
 
     >>> by_seeds([0.1, 0.11, 0.09]), by_seeds([0.1, -0.1]), by_seeds([-0.2, -0.21])
     ('yes', 'no', 'against')
     """
     found = spread(differences)
-    error = 2 * found["std"] / np.sqrt(len(found["runs"]))
-    if abs(found["mean"]) <= error or len(found["runs"]) < 2:
+    n = len(found["runs"])
+    if n < 2:
+        return "no"
+    error = stats.t.ppf(0.975, n - 1) * found["std"] / np.sqrt(n)
+    if abs(found["mean"]) <= error:
         return "no"
     return "yes" if found["mean"] > 0 else "against"
 
@@ -145,16 +150,19 @@ def weights_by_epoch(lab: Lab, seeds: int) -> Finding:
 
 
 def order(rows: list[dict]) -> str:
-    """Of mean weights at the end and mean recalls alone: yes if opposite ends meet."""
+    """Of mean weights at the end and mean recalls alone: yes if opposite ends meet.
+
+    An order has no test, so that it refutes nothing.
+    """
     means = {}
     for m in {row["modality"] for row in rows}:
         own = [(row["alone"], row["w, last epoch"]) for row in rows if row["modality"] == m]
         means[m] = np.mean(own, axis=0)
     if len(means) < 2:
         return "no"
-    weakest, strongest = (pick(means, key=lambda m: means[m][0]) for pick in (min, max))
+    weakest = min(means, key=lambda m: means[m][0])
     heaviest = max(means, key=lambda m: means[m][1])
-    return {weakest: "yes", strongest: "against"}.get(heaviest, "no")
+    return "yes" if weakest == heaviest else "no"
 
 
 def trained_with(lab: Lab, config: Config, method, teachers) -> Pair:
@@ -204,10 +212,11 @@ def memory(lab: Lab, seeds: int) -> Finding:
     method = PRMKD(run, Student(lab.dataset.train, config, lab.device), teachers)
     names = [*teachers, "spectral"]
     rows = [{"teacher": name} for name in names]
-    for split in ("train", "val"):
-        sampler = Sampler(getattr(lab.dataset, split), lab.device)
+    train, val = lab.dataset.train, lab.dataset.val
+    for split, taken in (("train", train), ("val", val)):
+        sampler = Sampler(train if split == "train" else train + val, lab.device)
         generator = torch.Generator(lab.device).manual_seed(0)
-        users, lists = sampler.epoch(generator, method.width - 1)
+        users, lists = only_new(sampler.epoch(generator, method.width - 1), taken)
         lists = method.extend(users, lists) if method.extend else lists
         told = torch.stack([scores(*pair, users, lists) for pair in method.teachers])
         log_p = (told / config.temperature).log_softmax(-1)  # [T, B, K]
@@ -215,5 +224,5 @@ def memory(lab: Lab, seeds: int) -> Finding:
         for row, weight in zip(rows, weights.tolist(), strict=False):
             row[split] = weight
     orders = [sorted(range(len(rows)), key=lambda t: rows[t][s]) for s in ("train", "val")]
-    same = "yes" if orders[0] == orders[1] else "against"
+    same = "yes" if orders[0] == orders[1] else "no"
     return Finding("P-4", text, rows, plain(rows), same)

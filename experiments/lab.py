@@ -66,6 +66,7 @@ VERSIONS = {
 }
 QUICK = {"epochs": 2, "eval_every": 1}  # a smoke test's settings
 SHOWN = ("recall@20", "ndcg@20", "recall@50", "ndcg@50")  # the metrics of a row
+ALIKE = ("dim", "eval_every", "patience")  # that an unsearched model has of LightGCN's
 Values = dict[str, np.ndarray]  # by metric, of each seed and user [seeds, users]
 TESTED = {"p": "recall@20", "p_ndcg": "ndcg@20"}  # the paired tests of a row
 
@@ -218,7 +219,7 @@ def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
     """
     own = [baselines.common, *ancestry(MODELS.get(model, MODELS["LightGCN"]))]
     if model in METHODS:
-        own += [METHODS[model], *neighbours(METHODS[model])]
+        own += [distillers.common, METHODS[model], *neighbours(METHODS[model])]
     if kind is not Teacher:
         own += ancestry(kind)
     files = {Path(inspect.getsourcefile(part)) for part in own}
@@ -652,6 +653,9 @@ def settings(lab: Lab, model: str = "PromptMM") -> Config:
     model = "LightGCN" if model == FUSED else model
     found = lab.chosen or search(lab).get("best", {})
     chosen = found.get(model, {})
+    if model in MODELS and model not in found:  # as wide as the others, as patient
+        own = found.get("LightGCN", {})
+        chosen = {name: own[name] for name in ALIKE if name in own}
     if settings_class(model) is not Config and model in METHODS:
         known = search(lab, "tune_methods").get("best", {})
         chosen = method_start(found) | known.get(model, {}) | chosen

@@ -27,6 +27,7 @@ from experiments.lab import (
     Job,
     Lab,
     Values,
+    ids_settings,
     judge,
     learn_all,
     load_teacher,
@@ -122,7 +123,9 @@ def answer(rows: list[dict]) -> str:
     found = [f"{row['model']} (p = {row['p']:.2g})" for row in better if row["p"] < 0.05]
     if found:
         return f"Yes: {', '.join(found)}."
-    least = min((row["p"] for row in better), default=1.0)
+    if not better:
+        return "No: none is better than the first row."
+    least = min(row["p"] for row in better)
     return f"No: none is better than the first row with p < .05 (least p = {least:.2g})."
 
 
@@ -244,6 +247,8 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), dataset, config, lab.device, {})
         encode = on_one_scale(teacher, frozen=not parameters)
+        if teacher.knows_no_more():  # no modality weighs anything: LightGCN
+            encode, parameters = None, []
         for weight in parameters:
             weight.requires_grad_(True)
         taught = Distillation(run, encode)
@@ -302,7 +307,7 @@ def later(lab: Lab, seeds: int) -> tuple[list[dict], str]:
         row["test"] = spread(recalls(found, way).mean(1))
         row["seconds"] = spread([one[way]["seconds"] for one in found])["mean"]
         rows.append(row | tested(recalls(found, way), base, bool(rows)))
-    return rows, answer([row for row in rows if row["model"] != "all anew"])
+    return rows, answer([row for row in rows if row["model"] != "all anew, ids too"])
 
 
 def recalls(found: list[dict], way: str) -> np.ndarray:
@@ -325,9 +330,12 @@ def adapted(lab: Lab, config: Config) -> dict[str, dict]:
         result[name] = outcome(lab, mover, numbers, seconds)
     learn_all(lab, "prompt, anew", [Job("Teacher", config)])
     anew = load_teacher(lab, config)
-    numbers = sum(weight.numel() for weight in anew.parameters())
-    seconds = float(log_of(lab.folder("Teacher", config))["seconds"][-1])
-    result["all anew"] = outcome(lab, anew, numbers, seconds)
+    learnt = [anew.user, anew.item, *anew.parameters()]
+    numbers = sum(weight.numel() for weight in learnt)
+    ids = Job("LightGCN", ids_settings(lab, config))
+    logs = [log_of(lab.folder(*job)) for job in (ids, Job("Teacher", config))]
+    seconds = float(sum(log["seconds"][-1] for log in logs))
+    result["all anew, ids too"] = outcome(lab, anew, numbers, seconds)
     return result
 
 
@@ -344,7 +352,7 @@ def moved(
 def tune(
     lab: Lab, config: Config, teacher: Teacher, parameters: list[nn.Parameter]
 ) -> float:
-    """Train these alone, as stage 1 does; the seconds it took."""
+    """Train these alone, with stage 1's objective and W^m's step; the seconds it took."""
     for weight in parameters:
         weight.requires_grad_(True)
     groups = [{"params": parameters, "lr": config.lr_teacher}]
@@ -381,9 +389,9 @@ def planted(lab: Lab, seeds: int) -> tuple[list[dict], str]:
 
 
 def entangled(dataset: Dataset) -> Dataset:
-    """Two modalities that need each other: each is the other's, plus noise of its own.
+    """Two modalities that need each other: one is content with noise, the other that noise.
 
-    Of the first two modalities x, y: one holds x + n and y + n', the other the noises n, n'
+    Of the last two modalities x, y: one holds x + n and y + n', the other the noises n, n'
     alone, so that x is known only from both together.
     """
     first, second = list(dataset.features)[-2:]

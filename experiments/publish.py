@@ -128,6 +128,7 @@ def command(lab: Lab, name: str, flags: list[str]) -> str:
     if lab.source:
         words.append(f"--data {Path(lab.source).name}")
     words += flags
+    words += [f"--jobs {lab.side_by_side}"] * (lab.side_by_side > 1)
     words += ["--quick"] * lab.quick + ["--keep"] * lab.keep
     return " ".join(words)
 

@@ -39,7 +39,7 @@ from experiments import (
     publish,
     tune,
 )
-from experiments.__main__ import EVERY, PARTS, TUNE, main, perform
+from experiments.__main__ import EVERY, PARTS, TUNE, main, perform, state_of
 from experiments.controls import NoContent, changed, controls, faithful, lists, useless
 from experiments.lab import (
     CODE,
@@ -412,6 +412,8 @@ def test_a_model_is_named_by_its_own_files_too(config, odd, monkeypatch):
         assert own == {"lightgcn.py", "common.py"}
     without = laboratory.sources("PromptMM", NoContent)
     assert "controls.py" in {file.name for file in without}
+    for method in METHODS:  # its step and its lists are distillers/common.py's
+        assert CODE / "distillers" / "common.py" in laboratory.sources(method)
     monkeypatch.setitem(MODELS, "LightGCN", Odd)
     assert Path(__file__) in laboratory.sources("Teacher")
 
@@ -1074,12 +1076,14 @@ def test_a_profile_is_judged_without_training(lab):
 # ------------------------------------------------------------ a new model, a new method
 
 
-def test_a_new_comparison_model_needs_its_line_only(lab, odd):
-    """Lab, settings, Table 4."""
+def test_a_new_comparison_model_needs_its_line_only(lab, odd, config):
+    """Lab, settings, Table 4; unsearched, it is as wide and patient as LightGCN."""
     quick = dataclasses.replace(lab, quick=True, seeds=1)
     rows = comparison.table4(quick, 1).rows
     assert [row["model"] for row in rows] == list(names(lab))
-    assert odd in MODELS and settings(lab, odd) == Odd.Settings()
+    alike = {name: getattr(config, name) for name in ("dim", "eval_every", "patience")}
+    assert odd in MODELS and settings(lab, odd) == Odd.Settings(**alike)
+    assert config.dim != Odd.Settings().dim
     values = {row["model"]: row["recall@20"]["mean"] for row in rows}
     assert values[odd] == pytest.approx(values["MostPop"], abs=0.1)
 
@@ -1252,6 +1256,21 @@ def test_each_part_runs_and_a_second_time_does_nothing(name, embedded, monkeypat
     assert main(argv) == 0
     assert "finished before" in capsys.readouterr().out
     assert file.read_bytes() == first
+
+
+def test_what_a_finished_part_depends_on(lab, monkeypatch):
+    """Seeds, what was asked, and every file that experiments are made of."""
+    lab, part = dataclasses.replace(lab, seeds=0), PARTS["table5"]
+    states = [state_of(lab, part, {})] * 2 + [state_of(lab, part, {"models": "BM3"})]
+    states.append(state_of(lab, part._replace(seeds=part.seeds + 1), {}))
+    states.append(state_of(dataclasses.replace(lab, quick=True), part, {}))
+    true_bare = laboratory.bare
+    monkeypatch.setattr(
+        "experiments.__main__.bare",
+        lambda source: true_bare(source) + "changed" * ("def markdown(" in source),
+    )
+    states.append(state_of(lab, part, {}))
+    assert states[0] == states[1] and len(set(states)) == len(states) - 1
 
 
 def test_the_parts_of_all(embedded, folder, monkeypatch):
@@ -1645,7 +1664,7 @@ def test_table_6_takes_the_batches_of_training(kind, given, tiny, config, monkey
     stage = "teacher" if kind == "teacher" else "student"
     model = Teacher(tiny, config) if kind == "teacher" else None
     cost.epoch(kind, model or promptmm.Student(tiny.train, config), tiny, config, "cpu")
-    expected, _ = promptmm._pace(config, stage, tiny.train.nnz)
+    expected, _ = promptmm.pace(config, stage, tiny.train.nnz)
     assert set(seen) == {expected}
 
 
@@ -1783,9 +1802,9 @@ def test_the_benchmark_runs(folder, monkeypatch, capsys):
         float(line.split()[-1]) for line in text.splitlines() if "relative error" in line
     ]
     assert max(errors) < 1e-4
-    assert len(grown) == 4 * len(bench.FACTORS)
+    assert len(grown) == 1 + 4 * (len(bench.FACTORS) - 1)  # the base once
     assert "interactions = 3,600" in text
-    assert text.count(" MiB") == len(grown)
+    assert text.count(" MiB") == 4 * len(bench.FACTORS)
     assert min(json.loads(grown[0]).values()) > 0
     assert [set(point) for point in scaled] == [{"student", "teacher"}] * 3
     assert text.count(" µs") == 6 and "960 x 640 x 14,400" in text

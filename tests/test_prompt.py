@@ -1,6 +1,7 @@
 """The prompt's experiments: each trains what it says, and answers from the numbers."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import replaced
 
 import promptmm
 from experiments import lab as laboratory, prompt as module
-from experiments.lab import Job, Lab, judge, learn, load_teacher
+from experiments.lab import Job, Lab, judge, learn, load_teacher, settings
 from experiments.prompt import (
     WAYS,
     Adapted,
@@ -124,6 +125,16 @@ def test_beside_nothing_the_student_is_promptmm(teaching):
     assert found["numbers"] == 0
 
 
+def test_beside_a_teacher_that_knows_no_more_nothing_is_tuned(place, monkeypatch):
+    """Content that weighs nothing: the student is LightGCN, whatever is to be tuned."""
+    monkeypatch.setattr(promptmm, "line_search", lambda pairs, *_: [0.0] * (len(pairs) - 1))
+    alone = judge(place, "LightGCN", settings(place, "LightGCN"))["recall@20"]
+    for way in ("nothing", "W^m and b^m"):
+        found = beside(place, replace(settings(place), seed=0), WAYS[way])
+        assert found["numbers"] == 0
+        assert np.array_equal(found["values"], alone)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_stage_2_tunes_what_it_names(way, teaching, monkeypatch):
     """The last epoch is kept; what is not named stays; lists follow what is tuned."""
@@ -160,11 +171,12 @@ def test_numbers_tuned_are_those_of_the_parameters(place):
     found = adapted(place, config)
     prompt = 8 * 8 + 8
     reduction = 24 * 24 + 24 + 12 * 12 + 12
+    ids = 64 * sum(place.dataset.train.shape)  # as wide as LightGCN's own settings
     assert {name: one["numbers"] for name, one in found.items()} == {
         "nothing": 0,
         "the prompt": prompt,
         "W^m and b^m": reduction,
-        "all anew": prompt + reduction,
+        "all anew, ids too": prompt + reduction + ids,
     }
 
 
@@ -195,4 +207,4 @@ def test_the_part_answers_every_question(place):
     assert output.text.count("**") == 6  # three questions: real data are not planted
     assert output.text.count("\n\nNo:") + output.text.count("\n\nYes:") == 3
     names = [row["model"] for row in output.rows]
-    assert names[0] == "W alone" and names[-1] == "all anew"
+    assert names[0] == "W alone" and names[-1] == "all anew, ids too"

@@ -81,10 +81,10 @@ def test_a_batch_is_a_share_of_the_edges():
     """40 steps an epoch, ten of the teacher, whatever the data's size; not below 256."""
     given = Config(batch=7, batch_teacher=8)
     for edges, student, teacher in ((100, 256, 256), (40_000, 1000, 4000)):
-        assert promptmm._pace(Config(), "student", edges)[0] == student
-        assert promptmm._pace(Config(), "teacher", edges)[0] == teacher
-        assert promptmm._pace(given, "student", edges)[0] == 7
-        assert promptmm._pace(given, "teacher", edges)[0] == 8
+        assert promptmm.pace(Config(), "student", edges)[0] == student
+        assert promptmm.pace(Config(), "teacher", edges)[0] == teacher
+        assert promptmm.pace(given, "student", edges)[0] == 7
+        assert promptmm.pace(given, "teacher", edges)[0] == 8
 
 
 @pytest.mark.parametrize("tune", [True, False])
