@@ -30,8 +30,17 @@ from experiments.lab import (
     settings,
     spread,
     tries,
+    weights_of,
 )
-from experiments.publish import PAIRED, Output, fence, markdown, protocol, ranking_table
+from experiments.publish import (
+    PAIRED,
+    Output,
+    fence,
+    markdown,
+    protocol,
+    ranking_table,
+    weights_line,
+)
 
 REFERENCE = "LightGCN"  # what every other model is tested against
 PLAIN = ("MF-BPR", "LightGCN")  # comparison models that are in every Table 4
@@ -102,7 +111,10 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     )
     title = f"Table 4. Comparison on {lab.dataset.name}, test split"
     more = {"p_promptmm": "p to PromptMM (R)", "seeds": "seeds", "tried": "tries"}
-    return Output(title, rows, ranking_table(rows, REFERENCE, more), note)
+    weights = weights_of(lab, every["Teacher"])
+    table = ranking_table(rows, REFERENCE, more)
+    text = f"{table}\n\n{weights_line('Teacher', weights)}"
+    return Output(title, rows, text, note, extra={"weights": weights})
 
 
 def seeds_of(model: str, seeds: int) -> int:

@@ -23,9 +23,17 @@ from experiments.lab import (
     seeded,
     settings,
     spread,
+    weights_of,
     with_data,
 )
-from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
+from experiments.publish import (
+    PAIRED,
+    Output,
+    markdown,
+    protocol,
+    ranking_table,
+    weights_line,
+)
 from promptmm import Config, Encoded, Teacher
 
 FULL = "PromptMM"
@@ -60,10 +68,11 @@ def controls(lab: Lab, seeds: int) -> Output:
     alone = Job("LightGCN", settings(lab, "LightGCN"))
     jobs = {"LightGCN": alone, FUSED: Job(FUSED, settings(lab, FUSED))}
     jobs |= {"Teacher": Job("Teacher", full), FULL: Job(FULL, full)}
-    elsewhere = {}
+    places, elsewhere = {"Teacher": lab}, {}
     for name, features in useless(lab).items():
         place = with_data(lab, replace(lab.dataset, features=features))
         sums = f"{FUSED}, {name}"
+        places[name] = place
         elsewhere |= {sums: place, name: place}
         jobs |= {sums: Job(FUSED, settings(lab, FUSED)), name: Job(FULL, full)}
     if not lab.source:  # each row costs five trainings
@@ -78,13 +87,17 @@ def controls(lab: Lab, seeds: int) -> Output:
     )
     title = f"Controls on {lab.dataset.name}, test split"
     found = fidelity(lab, full, seeds)
-    text = f"{ranking_table(rows, 'LightGCN')}\n\n{markdown(found, FIDELITY)}"
+    teachers = seeded(jobs["Teacher"], seeds)
+    weights = {name: weights_of(place, teachers) for name, place in places.items()}
+    lines = "\n".join(weights_line(name, own) for name, own in weights.items())
+    table = ranking_table(rows, "LightGCN")
+    text = f"{table}\n\n{markdown(found, FIDELITY)}\n\n{lines}"
     return Output(
         title,
         rows,
         text,
         f"{protocol(full, seeds)}; {PAIRED}; {note}",
-        extra={"fidelity": found},
+        extra={"fidelity": found, "weights": weights},
     )
 
 

@@ -370,6 +370,12 @@ def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
     return train_teacher(run, ids_of(lab, config), kind)
 
 
+def weights_of(lab: Lab, teachers: list[Job]) -> dict[str, list[float]]:
+    """w_m of trained teachers, seed by seed, for each modality."""
+    found = [load_teacher(lab, *job[1:]).modality_weights() for job in teachers]
+    return {m: [one[m] for one in found] for m in found[0]}
+
+
 def student_weights(folder: Path, device) -> dict[str, Tensor]:
     """The trained student's own parameters; a tuned prompt beside them is left out."""
     stored = data.read_torch(folder / "student.pt", device)

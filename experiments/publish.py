@@ -122,6 +122,15 @@ def trained(lab: Lab) -> dict:
     return found | {"seconds": round(sum(note["seconds"] for note in notes), 1)}
 
 
+def weights_line(name: str, weights: dict[str, list[float]]) -> str:
+    """
+    >>> weights_line("Teacher", {"text": [0.5, 1.0], "image": [0.0, 0.0]})
+    'w_m of Teacher, seed by seed: text 0.5, 1; image 0, 0.'
+    """
+    own = [f"{m} {', '.join(f'{w:g}' for w in found)}" for m, found in weights.items()]
+    return f"w_m of {name}, seed by seed: {'; '.join(own)}."
+
+
 def command(lab: Lab, name: str, flags: list[str]) -> str:
     """What to type to get this result again."""
     words = ["python -m experiments", name]
