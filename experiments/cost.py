@@ -234,6 +234,10 @@ def peak(device: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return data.guarded(command, argv, "begin again")
+
+
+def command(argv: list[str]) -> None:
     parser = data.Parser(prog="experiments.cost", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="dataset folder, native layout"
@@ -243,14 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", choices=COSTS, required=True)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    try:
-        args = parser.parse_args(argv)
-        device = str(data.pick_device(args.device))
-        print(json.dumps(measure(args.model, args.data, args.run, device)))
-    except (data.DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    device = str(data.pick_device(args.device))
+    print(json.dumps(measure(args.model, args.data, args.run, device)))
 
 
 if __name__ == "__main__":

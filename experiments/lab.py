@@ -644,8 +644,8 @@ def search(lab: Lab, part: str = "tune") -> dict:
     """
     file = ROOT / "results" / lab.dataset.name / f"{part}.json"
     found = data.read_json(file, "best", "tried") if file.exists() else {}
-    known = lab.origin or lab.fingerprint
-    same = not lab.source or found.get("fingerprint") == known
+    searched_on = lab.origin or lab.fingerprint
+    same = not lab.source or found.get("fingerprint") == searched_on
     return found if same else {}
 
 
@@ -663,8 +663,8 @@ def settings(lab: Lab, model: str = "PromptMM") -> Config:
         own = found.get("LightGCN", {})
         chosen = {name: own[name] for name in ALIKE if name in own}
     if settings_class(model) is not Config and model in METHODS:
-        known = search(lab, "tune_methods").get("best", {})
-        chosen = method_start(found) | known.get(model, {}) | chosen
+        own = search(lab, "tune_methods").get("best", {}).get(model, {})
+        chosen = method_start(found) | own | chosen
     return settings_class(model)(**chosen | (QUICK if lab.quick else {}))
 
 

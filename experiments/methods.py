@@ -29,7 +29,7 @@ from experiments.lab import (
     tries as tries_of,
     with_teachers,
 )
-from experiments.publish import PAIRED, Output, markdown, protocol
+from experiments.publish import PAIRED, Output, markdown, percent, protocol
 from experiments.tune import STUDENT
 from promptmm import Config
 
@@ -128,7 +128,7 @@ def describe(lab: Lab, row: dict, job: Job, seeds: int) -> None:
     """What the columns show beside the metrics."""
     name = row["model"]
     row["taught by"] = TAUGHT_BY.get(name, "")
-    row["gain_r"], row["gain_n"] = (f"{row['gain'][m]:+.1%}" for m in SHOWN)
+    row["gain_r"], row["gain_n"] = (percent(row["gain"][m]) for m in SHOWN)
     row["tried"] = tried(lab, ALONE if name == START else job.model)
     if name.startswith(("MostPop", "Profile")):
         return

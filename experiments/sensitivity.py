@@ -8,12 +8,12 @@ from experiments.publish import Output, markdown, protocol
 from promptmm import Config
 
 SWEEPS = {  # the paper's values; the ids of the teacher stay the best LightGCN's
-    "d": (("dim",), (16, 32, 64, 128)),
-    "L": (("student_layers",), (1, 2, 3, 4)),
-    "dropout": (("dropout",), (0.0, 0.2, 0.4, 0.6, 0.8)),
-    "λ₁": (("lambda_prompt",), (0.0, 0.01, 0.1, 1.0, 10.0)),
-    "λ₂": (("lambda_pair",), (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
-    "λ₃": (("lambda_list",), (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
+    "d": ("dim", (16, 32, 64, 128)),
+    "L": ("student_layers", (1, 2, 3, 4)),
+    "dropout": ("dropout", (0.0, 0.2, 0.4, 0.6, 0.8)),
+    "λ₁": ("lambda_prompt", (0.0, 0.01, 0.1, 1.0, 10.0)),
+    "λ₂": ("lambda_pair", (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
+    "λ₃": ("lambda_list", (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)),
 }
 LABELS = {"Teacher": "teacher", "PromptMM": "student"}
 
@@ -43,9 +43,9 @@ def figure4(lab: Lab, seeds: int) -> Output:
 def points(full: Config, quick: bool) -> list[tuple[str, float, Config]]:
     """Symbol, value and settings of every point; the first two of each sweep if quick."""
     grid = []
-    for symbol, (fields, values) in SWEEPS.items():
+    for symbol, (name, values) in SWEEPS.items():
         for value in values[:2] if quick else values:
-            grid.append((symbol, value, replace(full, **dict.fromkeys(fields, value))))
+            grid.append((symbol, value, replace(full, **{name: value})))
     return grid
 
 
