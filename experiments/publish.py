@@ -21,7 +21,9 @@ from experiments.lab import VERSIONS, Lab, search, tries
 from promptmm import Config
 
 PAGES = ("README.md", "experiments/README.md", "results/README.md")
-WEAKER = ("MostPop", "MF-BPR", "NGCF", "VBPR", "MMGCN", "GRCN", "CLCRec")  # not on page 1
+WEAKER = (
+    "MostPop MF-BPR NGCF VBPR MMGCN GRCN CLCRec SLMRec LATTICE".split()
+)  # not on page 1
 COLOURS = [
     "#0072B2",
     "#D55E00",
