@@ -880,6 +880,13 @@ def _item_names(file: Path, n_items: int) -> list[str]:
 # ------------------------------------------------------------ command line
 
 
+def same_figures(device: torch.device) -> None:
+    """The same seed gives the same figures, on a CPU."""
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    # Deterministic mode would fill each `empty` first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+
+
 def pick_device(name: str) -> torch.device:
     """auto: CUDA where there is one, else the CPU; otherwise as asked, or DataError."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]

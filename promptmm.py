@@ -317,8 +317,10 @@ class Teacher(nn.Module):
 
     def modality_weights(self) -> dict[str, float]:
         """w_m by modality."""
-        pairs = zip(self.features, self.weights.tolist(), strict=True)
-        return {m: round(weight, 4) for m, weight in pairs}
+        return {
+            m: round(weight, 4)
+            for m, weight in zip(self.features, self.weights.tolist(), strict=True)
+        }
 
     @torch.no_grad()
     def weigh(self, train: sparse.csr_matrix, val: sparse.csr_matrix) -> None:
@@ -605,8 +607,9 @@ def train_epoch(
     broken = (~steps.isfinite()).nonzero().tolist()
     if broken:
         step, term = broken[0]
-        what = f"{names[term]} is not finite, from step {step + 1} of an epoch"
-        raise FloatingPointError(what)
+        raise FloatingPointError(
+            f"{names[term]} is not finite, from step {step + 1} of an epoch"
+        )
     return dict(zip(names, steps.mean(0).tolist(), strict=True))
 
 
@@ -765,8 +768,8 @@ class Distillation:
             return
         with torch.no_grad():
             user, item, *_ = self.encode()
-        found = best_unobserved(user, item, self.train, self.config.list_pool)
-        self.best, self.told = found
+        pool = self.config.list_pool
+        self.best, self.told = best_unobserved(user, item, self.train, pool)
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """K - 1 of each user's best items, drawn anew, and their logits: [B, K - 1]."""
@@ -1099,9 +1102,7 @@ def _command(argv: list[str]) -> None:
     if argv[:1] == ["recommend"]:
         return _recommend(argv[1:])
     run = _start(_parser().parse_args(argv))
-    torch.use_deterministic_algorithms(run.device.type == "cpu")
-    # Deterministic mode would fill each `empty` first.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+    data.same_figures(run.device)
     done = run.folder / "metrics.json"
     if not done.exists():
         pipeline(run)

@@ -140,15 +140,16 @@ def starts(count: Tensor) -> Tensor:
 def nearest(x: Tensor, k: int) -> Links:
     """Each item's k nearest by cosine, itself among them: x [I, d], of any scale.
 
-    A zero row takes no part, on either side (B8). Equal cosines go to the lower index.
+    A zero row takes no part, on either side (B8). Equal cosines go to the lower index: in
+    float32 equal rows would be rounded apart, by the place that they have in a product.
     Found in chunks: no [I, I] array is made.
     """
-    x = F.normalize(x, dim=1)
+    x = F.normalize(x, dim=1).double()
     empty = ~x.any(1)  # [I]
     chunk = max(1, CHUNK_SCORES // len(x))
     found = []
     for some in x.split(chunk):
-        cosine = some @ x.T  # [c, I]
+        cosine = (some @ x.T).float()  # [c, I]
         cosine[:, empty] = -torch.inf
         found.append(top_items(cosine, min(k, len(x))))
     values, index = (torch.cat(parts) for parts in zip(*found, strict=True))  # [I, k]

@@ -44,7 +44,6 @@ from experiments.lab import (
     code_digest,
     digest,
     locked,
-    same_figures,
     settings,
     sources,
 )
@@ -236,7 +235,7 @@ def laboratory(args: Namespace) -> Lab:
     device = data.pick_device(args.device)
     dataset = data.load(args.data) if args.data else data.synthetic()
     out = args.out or experiments.lab.ROOT / ("runs/quick" if args.quick else "results")
-    same_figures(device)
+    data.same_figures(device)
     return Lab(
         dataset,
         args.data,

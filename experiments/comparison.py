@@ -88,9 +88,10 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     """Comparison under one protocol: the paper's models, two of later years, the ladder.
 
     models: of the comparison models these alone, comma-separated, beside the two without
-    content.
+    content; else those that the data's search has seen, and all where there was none.
     """
-    chosen = {*PLAIN, *known(models, MODELS)} if models else set(MODELS)
+    named = known(models, MODELS) if models else search(lab).get("best", MODELS)
+    chosen = {*PLAIN, *named}
     shown = [name for name in names(lab) if name in chosen or name not in MODELS]
     jobs = {model: Job(model, settings(lab, model)) for model in shown}
     counts = {model: seeds_of(model, seeds) for model in jobs}

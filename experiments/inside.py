@@ -213,10 +213,10 @@ def memory(lab: Lab, seeds: int) -> Finding:
     names = [*teachers, "spectral"]
     rows = [{"teacher": name} for name in names]
     train, val = lab.dataset.train, lab.dataset.val
-    for split, taken in (("train", train), ("val", val)):
-        sampler = Sampler(train if split == "train" else train + val, lab.device)
+    for split, taken, of in (("train", train, train), ("val", train + val, val)):
+        sampler = Sampler(taken, lab.device)  # negatives: nothing that was taken
         generator = torch.Generator(lab.device).manual_seed(0)
-        users, lists = only_new(sampler.epoch(generator, method.width - 1), taken)
+        users, lists = only_new(sampler.epoch(generator, method.width - 1), of)
         lists = method.extend(users, lists) if method.extend else lists
         told = torch.stack([scores(*pair, users, lists) for pair in method.teachers])
         log_p = (told / config.temperature).log_softmax(-1)  # [T, B, K]

@@ -427,7 +427,8 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
             for future in as_completed(begun):
                 yield begun[future], future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # what it trained is kept, to the last epoch
             raise
 
 
@@ -437,14 +438,7 @@ def prepare(root: Path, device: torch.device) -> None:
     ROOT = root
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
-    same_figures(device)
-
-
-def same_figures(device: torch.device) -> None:
-    """From the same seed, on a CPU."""
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    # Deterministic mode would fill each `empty` first.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+    data.same_figures(device)
 
 
 def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
