@@ -433,10 +433,10 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
 
 
 def prepare(root: Path, device: torch.device) -> None:
-    """What a process needs before it trains: the folders, one thread, a silent end."""
+    """What a process needs before it trains: folders, one thread; its caller ends it."""
     global ROOT
     ROOT = root
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     data.same_figures(device)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,25 @@ def test_models_trained_side_by_side_are_those_of_one_by_one(
         torch.set_num_threads(threads)
     assert len(lab.used) == 4  # with LightGCN and the teacher
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_side_by_side_ends_when_interrupted(tiny, config, tmp_path, monkeypatch):
+    """Its processes with it: none goes on until its model is trained."""
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    long = dataclasses.replace(config, epochs=2000, patience=2000)
+    lab = side_by_side(replaced(tiny, name="shop"), long, tmp_path, 2)
+    jobs = seeded(Job("LightGCN", settings_of("LightGCN", long)), 2)
+    folders = [lab.folder(*job) for job in jobs]
+
+    def interrupted(_):
+        while not all((folder / "state.pt").exists() for folder in folders):
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(laboratory, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        laboratory.learn_all(lab, "both", jobs)
+    assert not any(laboratory.is_trained(folder) for folder in folders)
 
 
 def test_what_fails_side_by_side_fails_here(tiny, config, tmp_path, monkeypatch):
