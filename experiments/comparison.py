@@ -44,9 +44,10 @@ from experiments.publish import (
 
 REFERENCE = "LightGCN"  # what every other model is tested against
 PLAIN = ("MF-BPR", "LightGCN")  # comparison models that are in every Table 4
+WITHOUT = (*PLAIN, "NGCF")  # comparison models without content
 NO_CONTENDERS = ("NGCF", "VBPR", "MMGCN", "GRCN", "CLCRec")
 FEW = 3  # seeds of these
-BY_POPULARITY = ("MostPop", "LightGCN", FUSED, "Teacher", "PromptMM")
+LADDER = ("MostPop", "LightGCN", FUSED, "Teacher", "PromptMM")
 GROUPS = {  # by training interactions of an item: from, to below
     "never": (0, 1),
     "1-3": (1, 4),
@@ -128,8 +129,9 @@ def seeds_of(model: str, seeds: int) -> int:
 
 def popularity(lab: Lab, seeds: int) -> Output:
     """Recall@20 by how often an item was seen in training: who gains by content?"""
-    models = (*(name for name in names(lab) if name.startswith("Profile")), *BY_POPULARITY)
-    jobs = {model: Job(model, settings(lab, model)) for model in models}
+    chosen = {*LADDER, *with_content(search(lab))}
+    shown = [name for name in names(lab) if name in chosen or name.startswith("Profile")]
+    jobs = {model: Job(model, settings(lab, model)) for model in shown}
     every = [one for job in jobs.values() for one in seeded(job, seeds)]
     learn_all(lab, "popularity", every)
     test = lab.dataset.test
@@ -143,12 +145,35 @@ def popularity(lab: Lab, seeds: int) -> Output:
         rows, {"model": "items seen in training"} | {name: name for name in GROUPS}
     )
     title = f"Recall@20 by popularity on {lab.dataset.name}, test split"
-    note = protocol(jobs["PromptMM"].config, seeds)
+    note = (
+        f"{protocol(jobs['PromptMM'].config, seeds)}; beside the ladder VBPR and the two "
+        "best comparison models with content, by validation, where they were searched; a "
+        "bar that leaves the picture is a profile's, and its length is in the table"
+    )
     return Output(title, rows, text, note, partial(plot_gains, rows))
 
 
+def with_content(found: dict) -> list[str]:
+    """VBPR and the two best comparison models with content that a search has seen.
+
+    The best by validation: a row of the test split chooses nothing.
+    """
+    best = found.get("best", {})
+    reached = {  # validation Recall@20 of the settings chosen
+        row["model"]: row["validation"]
+        for row in found.get("rows", [])
+        if row["settings"] == best.get(row["model"])
+    }
+    rivals = [model for model in MODELS if model in reached and model not in WITHOUT]
+    ranked = sorted(rivals, key=lambda model: -reached[model])
+    return [model for model in rivals if model in (*ranked[:2], "VBPR")]
+
+
 def plot_gains(rows: list[dict], figure) -> None:
-    """Recall over LightGCN's in each group: the ladder side by side."""
+    """Recall over LightGCN's in each group: the ladder side by side.
+
+    The axis holds what was trained. A profile's bar may leave it: the table has its length.
+    """
     by_model = {row["model"]: row for row in rows[1:]}
     base = by_model.pop(REFERENCE)
     del by_model["MostPop"]
@@ -164,8 +189,23 @@ def plot_gains(rows: list[dict], figure) -> None:
     labels = [f"{group}\n{rows[0][group]} of test" for group in GROUPS]
     axis.set_xticks(places + 0.4 - width / 2, labels)
     axis.axhline(0, color="black", lw=0.8)
+    axis.set_ylim(*heights(by_model, base))
     axis.set(xlabel="items by training interactions", ylabel="Recall@20 over LightGCN's")
     axis.legend(fontsize=8)
+
+
+def heights(rows: dict[str, dict], base: dict) -> tuple[float, float]:
+    """The lowest and the highest gain of a trained model, with error bars and a margin."""
+    trained = [row for model, row in rows.items() if not is_untrained(model)]
+    gains = [
+        row[group]["mean"] - base[group]["mean"] + side * row[group]["std"]
+        for row in trained
+        for group in GROUPS
+        for side in (-1, 1)
+    ]
+    low, high = min(0, *gains), max(0, *gains)
+    margin = 0.1 * (high - low) or 0.01
+    return low - margin, high + margin
 
 
 def by_popularity(

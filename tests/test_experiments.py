@@ -1454,6 +1454,45 @@ def test_the_groups_of_popularity_begin_and_end_where_they_say():
     assert found == expected
 
 
+def test_who_stands_beside_the_ladder_is_chosen_by_validation():
+    """VBPR whatever it reached, and the two best: of the settings chosen, content alone."""
+    reached = {
+        "LightGCN": 0.9,  # no content
+        "NGCF": 0.8,
+        "VBPR": 0.1,
+        "GRCN": 0.3,
+        "LATTICE": 0.5,
+        "FREEDOM": 0.4,
+        "Teacher": 0.95,  # no comparison model
+    }
+    rows = [
+        {"model": model, "validation": value, "settings": {"l2": 0.1}}
+        for model, value in reached.items()
+    ]
+    lucky = {"model": "GRCN", "validation": 0.7, "settings": {"l2": 0.2}}  # not chosen
+    found = {"best": {model: {"l2": 0.1} for model in reached}, "rows": [*rows, lucky]}
+    assert comparison.with_content(found) == ["VBPR", "LATTICE", "FREEDOM"]
+    assert comparison.with_content({}) == []
+
+
+def test_the_picture_of_gains_holds_what_was_trained():
+    """A profile far below does not flatten the others; their error bars are inside."""
+
+    def row(mean, std):
+        return {group: {"mean": mean, "std": std} for group in comparison.GROUPS}
+
+    rows = {
+        "Profile (text)": row(0.1, 0.0),
+        "Teacher": row(0.6, 0.05),
+        "PromptMM": row(0.4, 0.2),
+    }
+    low, high = comparison.heights(rows, row(0.5, 0.0))
+    assert low == pytest.approx(-0.3 - 0.045)
+    assert high == pytest.approx(0.15 + 0.045)
+    level = comparison.heights({"Teacher": row(0.5, 0.0)}, row(0.5, 0.0))
+    assert level == (-0.01, 0.01)
+
+
 def test_gains_are_drawn_for_every_rung_and_group(lab):
     """One bar a model and group: its recall over LightGCN's."""
     pytest.importorskip("matplotlib")
