@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.common import GRID, maps, pair_terms, reduced, standardised
+from baselines.common import GRID, maps, of_model, pair_terms, reduced, standardised
 from data import Dataset
 from promptmm import Config, Device, Losses, Pair, of_student, table
 
@@ -15,6 +15,7 @@ class Settings(Config):
     """Widths d + d; Cornac takes 10 + 10 (B15)."""
 
     lr_student: float = of_student(2e-3, "AdamW's step (ours; MMRec: 1e-3)")
+    l2_content: float = of_model(3e-3, "λ_E, of ‖W‖² + ‖β'‖² (ours; Cornac: 0)")
 
 
 class VBPR(nn.Module):
@@ -22,11 +23,11 @@ class VBPR(nn.Module):
 
     As embeddings: [user, θ, 1] and [item, c, β + x̃ β'], width 2d + 1. Against its paper:
     any number of modalities, a map each (B14); no user bias and no global mean, which move
-    no ranking; W and β' carry no ‖Θ‖².
+    no ranking. λ_E is a weight of its own (B35).
     """
 
     Settings = Settings
-    SPACE = GRID
+    SPACE = GRID | {"l2_content": (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)}
     width = 2
 
     def __init__(self, dataset: Dataset, config: Config, device: Device = "cpu"):
@@ -62,4 +63,8 @@ class VBPR(nn.Module):
         item = self.items(lists.flatten()).view(*lists.shape, -1)  # [B, 2, 2d + 1]
         logits = torch.einsum("be,bke->bk", self.users().index_select(0, users), item)
         tables = [self.user, self.taste], [self.item, self.bias]
-        return pair_terms(logits, self.config.l2, users, lists, *tables)
+        terms = pair_terms(logits, self.config.l2, users, lists, *tables)
+        if weight := self.config.l2_content:
+            squares = [layer.weight.square().sum() for layer in self.reduction]
+            terms["l2_content"] = weight * torch.stack(squares).sum() / 2
+        return terms

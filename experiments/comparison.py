@@ -14,6 +14,7 @@ from baselines import MODELS
 from evaluate import evaluate, ladder
 from experiments.lab import (
     CODE,
+    DISTILLED,
     FUSED,
     Job,
     Lab,
@@ -88,12 +89,15 @@ def table3(lab: Lab) -> Output:
 def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     """Comparison under one protocol: the paper's models, two of later years, the ladder.
 
+    Last, where there was a search: PromptMM's student under the best comparison model.
     models: of the comparison models these alone, comma-separated, beside the two without
     content; else those that the data's search has seen, and all where there was none.
     """
     named = known(models, MODELS) if models else search(lab).get("best", MODELS)
     chosen = {*PLAIN, *named}
     shown = [name for name in names(lab) if name in chosen or name not in MODELS]
+    taught_by = [rival for rival in rivals(search(lab)) if rival in chosen]
+    shown += [f"{rival}{DISTILLED}" for rival in taught_by[:1]]
     jobs = {model: Job(model, settings(lab, model)) for model in shown}
     counts = {model: seeds_of(model, seeds) for model in jobs}
     rows = compare(lab, "Table 4", jobs, counts, REFERENCE)
@@ -108,7 +112,9 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
         f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so; "
         f"{PAIRED}; p to PromptMM: the same, of Recall@20; tries: settings tried on "
         "validation by the same search (tune.md; PromptMM begins as the best LightGCN, and "
-        "its teacher's tries are its own too), none: defaults; none of the paper's own "
+        "its teacher's tries are its own too), none: defaults; distilled: PromptMM's "
+        "student and lists under the comparison model with content that is best on "
+        "validation; none of the paper's own "
         "figures are about these data, so none stand beside"
     )
     title = f"Table 4. Comparison on {lab.dataset.name}, test split"
@@ -129,7 +135,8 @@ def seeds_of(model: str, seeds: int) -> int:
 
 def popularity(lab: Lab, seeds: int) -> Output:
     """Recall@20 by how often an item was seen in training: who gains by content?"""
-    chosen = {*LADDER, *with_content(search(lab))}
+    ranked = rivals(search(lab))
+    chosen = {*LADDER, *ranked[:2], *(model for model in ranked if model == "VBPR")}
     shown = [name for name in names(lab) if name in chosen or name.startswith("Profile")]
     jobs = {model: Job(model, settings(lab, model)) for model in shown}
     every = [one for job in jobs.values() for one in seeded(job, seeds)]
@@ -153,10 +160,10 @@ def popularity(lab: Lab, seeds: int) -> Output:
     return Output(title, rows, text, note, partial(plot_gains, rows))
 
 
-def with_content(found: dict) -> list[str]:
-    """VBPR and the two best comparison models with content that a search has seen.
+def rivals(found: dict) -> list[str]:
+    """The comparison models with content that a search has seen, the best first.
 
-    The best by validation: a row of the test split chooses nothing.
+    By validation: a row of the test split chooses nothing.
     """
     best = found.get("best", {})
     reached = {  # validation Recall@20 of the settings chosen
@@ -164,9 +171,8 @@ def with_content(found: dict) -> list[str]:
         for row in found.get("rows", [])
         if row["settings"] == best.get(row["model"])
     }
-    rivals = [model for model in MODELS if model in reached and model not in WITHOUT]
-    ranked = sorted(rivals, key=lambda model: -reached[model])
-    return [model for model in rivals if model in (*ranked[:2], "VBPR")]
+    seen = [model for model in MODELS if model in reached and model not in WITHOUT]
+    return sorted(seen, key=lambda model: -reached[model])
 
 
 def plot_gains(rows: list[dict], figure) -> None:

@@ -45,7 +45,7 @@ from baselines import MODELS
 from baselines.profile import late_fusion, profile
 from data import Dataset, need, write
 from distillers import METHODS
-from evaluate import evaluate, most_popular, paired_test
+from evaluate import evaluate, most_popular, paired_test, spread as size_of
 from promptmm import (
     Config,
     Pair,
@@ -72,6 +72,8 @@ TESTED = {"p": "recall@20", "p_ndcg": "ndcg@20"}  # the paired tests of a row
 
 
 FUSED = "LightGCN + profile"  # trained as LightGCN is, and nothing more
+FROZEN = METHODS["PromptMM, prompt frozen"]
+DISTILLED = ", distilled"  # PromptMM's student; what teaches is the model named before
 
 
 def names(lab: "Lab") -> tuple[str, ...]:
@@ -82,6 +84,15 @@ def names(lab: "Lab") -> tuple[str, ...]:
 
 def is_untrained(model: str) -> bool:
     return model == "MostPop" or model.startswith("Profile (")
+
+
+def source(model: str) -> str:
+    """Which comparison model teaches a student in the place of PromptMM's teacher, or "".
+
+    >>> source("SLMRec, distilled"), source("SLMRec")
+    ('SLMRec', '')
+    """
+    return model.removesuffix(DISTILLED) if model.endswith(DISTILLED) else ""
 
 
 def needs(model: str, config: Config) -> tuple[str, ...]:
@@ -137,7 +148,9 @@ class Lab:
     def folder(self, model: str, config: Config, kind: type = Teacher) -> Path:
         """Where a trained model lies; with `keep` one of older code will do."""
         matter = decided_by(model, config)
-        if model not in MODELS:  # it stands on a trained LightGCN
+        if teacher := source(model):
+            matter["teacher"] = decided_by(teacher, source_settings(self, model, config))
+        elif model not in MODELS:  # it stands on a trained LightGCN
             matter["lightgcn"] = decided_by("LightGCN", ids_settings(self, config))
         name = model if kind is Teacher else f"{model} {kind.__name__}"
         stem = f"{slug(name)}-{digest(matter)}"
@@ -168,6 +181,11 @@ def decided_by(model: str, config: Config) -> dict:
 def ids_settings(lab: Lab, config: Config) -> Config:
     """Those of the LightGCN that is a teacher's ids: its own search's, the same seed."""
     return replace(settings(lab, "LightGCN"), seed=config.seed)
+
+
+def source_settings(lab: Lab, model: str, config: Config) -> Config:
+    """Those of the comparison model that teaches: its own search's, the same seed."""
+    return replace(settings(lab, source(model)), seed=config.seed)
 
 
 def with_data(lab: Lab, dataset: Dataset) -> Lab:
@@ -215,9 +233,12 @@ def trained_at(folder: Path) -> float:
 def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
     """The files whose code decides what a trained model is: the core's, and its own.
 
-    A teacher stands on a LightGCN, so that this one's count too.
+    A teacher stands on a LightGCN, and a student on a teacher: these count too.
     """
-    own = [baselines.common, *ancestry(MODELS.get(model, MODELS["LightGCN"]))]
+    beneath = source(model) or (model if model in MODELS else "LightGCN")
+    own = [baselines.common, *ancestry(MODELS[beneath])]
+    if source(model):
+        own += [distillers.common, FROZEN]
     if model in METHODS:
         own += [distillers.common, METHODS[model], *neighbours(METHODS[model])]
     if kind is not Teacher:
@@ -313,6 +334,9 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
         return baselines.common.train(run, MODELS[model])
     if model == "Teacher":
         return train_teacher(run, ids_of(lab, config), kind)()[:2]
+    if teacher := source(model):
+        pair = embeddings(lab, teacher, source_settings(lab, model, config))
+        return distillers.common.train(run, FROZEN, {"joint": scaled(*pair)})
     if model in METHODS:
         teachers = teachers_for(lab, job)
         if teachers or not needs(model, config):
@@ -320,6 +344,11 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
         print("no modality weighs anything: this is LightGCN", file=sys.stderr)
         return train_student(run, "method")
     return train_student(run, "student", load_teacher(lab, config, kind))
+
+
+def scaled(user: Tensor, item: Tensor) -> Pair:
+    """E_u [U, e], E_i [I, e] with logits on the scale of `promptmm.stage_two`'s."""
+    return user / size_of(user, item), item
 
 
 def teachers_for(lab: Lab, job: Job) -> distillers.common.Teachers:
@@ -449,6 +478,8 @@ def with_teachers(lab: Lab, jobs: Iterable[Job]) -> Iterator[Job]:
             yield from with_ids(lab, job)
         if "joint" in words:
             yield job._replace(model="Teacher")
+        if teacher := source(job.model):
+            yield Job(teacher, source_settings(lab, job.model, job.config))
         if job.model == FUSED:
             yield from with_ids(lab, job)
         elif not is_untrained(job.model):
@@ -651,6 +682,9 @@ def tries(found: dict) -> dict[str, int]:
 def settings(lab: Lab, model: str = "PromptMM") -> Config:
     """What the search chose for a model on these data; without a search the defaults."""
     model = "LightGCN" if model == FUSED else model
+    if source(model):  # the same student by the same lists; that teacher has no F^m
+        same = settings(lab, "PromptMM")
+        return replace(same, list_from="joint", lambda_embed=0.0, tune_prompt=False)
     found = lab.chosen or search(lab).get("best", {})
     chosen = found.get(model, {})
     if model in MODELS and model not in found:  # as wide as the others, as patient

@@ -72,11 +72,15 @@ START = {
     "synthetic": {
         "all": {"dim": 32, "patience": 10},
         "LightGCN": {"student_layers": 3, "l2": 1e-2},
+        "VBPR": {"l2_content": 0.01},
         "PromptMM": {"lambda_list": 10.0},
     },
     "citeulike": CITEULIKE,
     "citeulike_tag": CITEULIKE,
-    "tiktok": {"LightGCN": {"batch": 4096, "student_layers": 4, "l2": 3e-3}},
+    "tiktok": {
+        "LightGCN": {"batch": 4096, "student_layers": 4, "l2": 3e-3},
+        "VBPR": {"l2_content": 0.1},
+    },
 }
 ONE_STREAM = ("MF-BPR", "LightGCN", "Teacher", "PromptMM")  # as when the presets were made
 FIRST = ("MF-BPR", "LightGCN")  # others begin as LightGCN's best

@@ -405,9 +405,15 @@ def test_vbpr_by_hand(odd, pairs, size):
     own = [model.user[users], model.taste[users]]
     own += [model.item[lists.flatten()], model.bias[lists.flatten()]]
     expected = [bpr_loss(logits[:, 0], logits[:, 1]), 0.01 * penalty(size, *own)]
+    maps = [layer.weight.square().sum() / 2 for layer in model.reduction]
+    expected.append(0.003 * sum(maps))  # of the whole maps, whatever the batch
     terms = model.terms(users, lists)
-    assert list(terms) == ["bpr", "l2"]
+    assert list(terms) == ["bpr", "l2", "l2_content"]
     assert_agree(model, list(terms.values()), expected)
+
+
+def test_vbprs_maps_may_be_free(odd, pairs):
+    assert list(made("VBPR", odd, l2_content=0.0).terms(*pairs)) == ["bpr", "l2"]
 
 
 def test_no_gradient_reaches_vbprs_content_without_taste(odd, pairs):

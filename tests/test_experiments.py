@@ -24,6 +24,7 @@ from torch import nn
 
 import baselines
 import data
+import distillers
 import promptmm
 from baselines import MODELS
 from baselines.profile import late_fusion, profile
@@ -1296,6 +1297,69 @@ def test_table_4_has_the_models_that_were_searched(lab, monkeypatch):
     assert shown == [set(MODELS), plain | {"FREEDOM"}, plain | {"BM3"}]
 
 
+def test_the_best_rival_teaches_promptmms_student(lab, monkeypatch):
+    """By validation, of those the table shows; without a search nobody does."""
+    rows = [
+        {"model": model, "validation": reached, "settings": {}}
+        for model, reached in (("LATTICE", 0.2), ("FREEDOM", 0.3), ("LightGCN", 0.9))
+    ]
+    found = {"best": {row["model"]: {} for row in rows}, "rows": rows}
+    shown = []
+
+    def watched(lab, title, jobs, *_):
+        shown.append([name for name in jobs if name.endswith(laboratory.DISTILLED)])
+        raise StopIteration
+
+    monkeypatch.setattr(comparison, "compare", watched)
+    for search, models in ((found, ""), (found, "LATTICE"), ({}, ""), (found, "BM3")):
+        monkeypatch.setattr(comparison, "search", lambda _, search=search: search)
+        with pytest.raises(StopIteration):
+            comparison.table4(lab, 1, models)
+    assert shown == [["FREEDOM, distilled"], ["LATTICE, distilled"], [], []]
+
+
+def test_a_student_of_a_comparison_model(lab, config):
+    """The lists and pairs of PromptMM's student, under LATTICE's logits divided by σ."""
+    config = dataclasses.replace(config, tune_prompt=True, list_from="both")
+    lattice = settings_of("LATTICE", config)
+    settings_ = {"LATTICE": vars(lattice), "PromptMM": vars(config)}
+    lab = dataclasses.replace(lab, chosen=settings_)
+    name = "LATTICE, distilled"
+    own = laboratory.settings(lab, name)
+    known = {"list_from": "joint", "lambda_embed": 0.0, "tune_prompt": False}
+    assert difference(own, config) == known
+    [teacher, job] = laboratory.with_teachers(lab, [Job(name, own)])
+    assert teacher == Job("LATTICE", lattice) and job == Job(name, own)
+    user, item = embeddings(lab, "LATTICE", lattice)
+    logits = user @ item.T
+    size = logits.std(dim=1, correction=0).square().mean().sqrt()
+    folder = lab.out / "by hand"
+    folder.mkdir(parents=True)
+    run = promptmm.Run(folder, lab.dataset, own, lab.device, {})
+    scaled = {"joint": (user / size, item)}
+    expected = distillers.common.train(run, distillers.frozen.promptmm, scaled)
+    for found, e in zip(embeddings(lab, name, own), expected, strict=True):
+        assert (found - e).norm() <= 1e-3 * e.norm()
+    plain = embeddings(lab, "LightGCN", config)
+    assert (found - plain[1]).norm() > 0.1 * plain[1].norm()  # it was taught
+
+
+def test_the_cache_knows_the_comparison_model_that_teaches(lab, config):
+    """Its settings, its code, and its seed, which is the student's."""
+
+    def folder(name: str, **changed) -> Path:
+        teacher = vars(settings_of("LATTICE", config)) | changed
+        found = {"LATTICE": teacher, "BM3": {}, "PromptMM": vars(config)}
+        place = dataclasses.replace(lab, chosen=found)
+        return place.folder(name, laboratory.settings(place, name))
+
+    names_of = [folder("LATTICE, distilled"), folder("LATTICE, distilled", neighbours=3)]
+    assert len({*names_of, folder("BM3, distilled"), folder("PromptMM")}) == 4
+    assert folder("LATTICE, distilled", seed=5) == names_of[0]
+    files = {file.name for file in laboratory.sources("LATTICE, distilled")}
+    assert {"lattice.py", "frozen.py", "promptmm.py"} <= files
+
+
 def test_what_a_finished_part_depends_on(lab, monkeypatch):
     """Seeds, what was asked, and every file that experiments are made of."""
     lab, part = dataclasses.replace(lab, seeds=0), PARTS["table5"]
@@ -1454,8 +1518,8 @@ def test_the_groups_of_popularity_begin_and_end_where_they_say():
     assert found == expected
 
 
-def test_who_stands_beside_the_ladder_is_chosen_by_validation():
-    """VBPR whatever it reached, and the two best: of the settings chosen, content alone."""
+def test_rivals_are_ranked_by_validation():
+    """Of the settings chosen; with content alone."""
     reached = {
         "LightGCN": 0.9,  # no content
         "NGCF": 0.8,
@@ -1471,8 +1535,8 @@ def test_who_stands_beside_the_ladder_is_chosen_by_validation():
     ]
     lucky = {"model": "GRCN", "validation": 0.7, "settings": {"l2": 0.2}}  # not chosen
     found = {"best": {model: {"l2": 0.1} for model in reached}, "rows": [*rows, lucky]}
-    assert comparison.with_content(found) == ["VBPR", "LATTICE", "FREEDOM"]
-    assert comparison.with_content({}) == []
+    assert comparison.rivals(found) == ["LATTICE", "FREEDOM", "GRCN", "VBPR"]
+    assert comparison.rivals({}) == []
 
 
 def test_the_picture_of_gains_holds_what_was_trained():
