@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -43,7 +44,7 @@ import data
 import distillers.common
 from baselines import MODELS
 from baselines.profile import late_fusion, profile
-from data import Dataset, need, write
+from data import DataError, Dataset, need, write
 from distillers import METHODS
 from evaluate import evaluate, most_popular, paired_test, spread as size_of
 from promptmm import (
@@ -455,6 +456,9 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
         try:
             for future in as_completed(begun):
                 yield begun[future], future.result()
+        except BrokenProcessPool:
+            found = "--jobs: a process was killed, perhaps for its memory"
+            raise DataError(f"{found}; expected fewer of them, or none") from None
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()  # what it trained is kept, to the last epoch

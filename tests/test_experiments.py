@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -368,6 +369,28 @@ def test_side_by_side_ends_when_interrupted(tiny, config, tmp_path, monkeypatch)
     monkeypatch.setattr(laboratory, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         laboratory.learn_all(lab, "both", jobs)
+    assert not any(laboratory.is_trained(folder) for folder in folders)
+
+
+def test_a_process_killed_beside_others_is_one_line(tiny, config, tmp_path, monkeypatch):
+    """As the system does when memory ends."""
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    long = dataclasses.replace(config, epochs=2000, patience=2000)
+    lab = side_by_side(replaced(tiny, name="shop"), long, tmp_path, 2)
+    jobs = seeded(Job("LightGCN", settings_of("LightGCN", long)), 2)
+    folders = [lab.folder(*job) for job in jobs]
+    true_completed = laboratory.as_completed
+
+    def killed(begun):
+        while not all((folder / "state.pt").exists() for folder in folders):
+            time.sleep(0.05)
+        multiprocessing.active_children()[0].kill()
+        return true_completed(begun)
+
+    monkeypatch.setattr(laboratory, "as_completed", killed)
+    with pytest.raises(data.DataError, match="--jobs: a process was killed"):
+        laboratory.learn_all(lab, "both", jobs)
+    assert not multiprocessing.active_children()
     assert not any(laboratory.is_trained(folder) for folder in folders)
 
 
