@@ -39,10 +39,10 @@ class SLMRec(Student):
 
     Settings = Settings
     SPACE = {
-        "lr_student": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "lr_student": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
         "l2": (0.0, 1e-4, 3e-4, 1e-3),
         "student_layers": (1, 2, 3),
-        "temperature": (0.1, 0.2, 0.5, 1.0),
+        "temperature": (0.1, 0.2, 0.5),
         "weight_content": (0.0, 0.01, 0.1),
     }
     width = 1
