@@ -178,7 +178,8 @@ def rivals(found: dict) -> list[str]:
 def plot_gains(rows: list[dict], figure) -> None:
     """Recall over LightGCN's in each group: the ladder side by side.
 
-    The axis holds what was trained. A profile's bar may leave it: the table has its length.
+    Profiles are grey. The axis holds what was trained; a profile's bar may leave it, the
+    table has its length.
     """
     by_model = {row["model"]: row for row in rows[1:]}
     base = by_model.pop(REFERENCE)
@@ -189,9 +190,9 @@ def plot_gains(rows: list[dict], figure) -> None:
     for n, (model, row) in enumerate(by_model.items()):
         gains = [row[group]["mean"] - base[group]["mean"] for group in GROUPS]
         bars = [row[group]["std"] for group in GROUPS]
-        axis.bar(
-            places + n * width, gains, width, yerr=bars, label=model, error_kw={"lw": 0.8}
-        )
+        grey = str(1 - 0.55 * 0.7**n) if is_untrained(model) else None
+        looks = {"label": model, "color": grey, "error_kw": {"lw": 0.8}}
+        axis.bar(places + n * width, gains, width, yerr=bars, **looks)
     labels = [f"{group}\n{rows[0][group]} of test" for group in GROUPS]
     axis.set_xticks(places + 0.4 - width / 2, labels)
     axis.axhline(0, color="black", lw=0.8)

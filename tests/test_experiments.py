@@ -1242,12 +1242,14 @@ def test_a_result_says_how_much_was_searched(lab, config, tmp_path):
 
 
 def test_the_summary_sets_the_datasets_side_by_side(tmp_path):
-    """Rows of the longest table first, the weaker ones aside; blank: not there."""
+    """Rows of the longest table first, what gains nowhere aside; blank: not there."""
     one = {"mean": 0.25, "std": 0.01, "runs": [0.24, 0.26]}
     gain = {"gain": {"recall@20": 0.25}, "p": 0.03}
+    loss = {"gain": {"recall@20": -0.25}, "p": 0.03}
+    base = {"gain": {"recall@20": 0.0}}
     tables = {
-        "a": [("LightGCN", {}), ("Teacher", gain)],
-        "b": [("MF-BPR", gain), ("Profile (x)", gain), ("LightGCN", {}), ("New", gain)],
+        "a": [("LightGCN", base), ("Teacher", gain), ("PromptMM", loss)],
+        "b": [("MF-BPR", loss), ("Profile (x)", loss), ("LightGCN", base), ("New", gain)],
     }
     for name, rows in tables.items():
         (tmp_path / name).mkdir()
@@ -1259,6 +1261,7 @@ def test_the_summary_sets_the_datasets_side_by_side(tmp_path):
         "| LightGCN | 0.2500 ± 0.0100 | 0.2500 ± 0.0100 |",
         f"| New |  | {full} |",
         f"| Teacher | {full} |  |",
+        "| PromptMM | 0.2500 ± 0.0100 (-25.0%, p = 0.03) |  |",
     ]
 
 
