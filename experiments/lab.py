@@ -453,6 +453,7 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
     given = ROOT, lab.device
     with ProcessPoolExecutor(lab.side_by_side, context, prepare, given) as pool:
         begun = {pool.submit(learn, lab, *job): job for job in in_turn}
+        pool.submit(int)  # wakes the pool, which else may not watch the last process
         try:
             for future in as_completed(begun):
                 yield begun[future], future.result()

@@ -353,45 +353,46 @@ def test_models_trained_side_by_side_are_those_of_one_by_one(
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def test_side_by_side_ends_when_interrupted(tiny, config, tmp_path, monkeypatch):
-    """Its processes with it: none goes on until its model is trained."""
-    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+def ended_while_both_train(tiny, config, root: Path, monkeypatch, end) -> None:
+    """Two long trainings side by side; once both have begun, `end`. Neither goes on."""
+    monkeypatch.setattr(laboratory, "ROOT", root)
     long = dataclasses.replace(config, epochs=2000, patience=2000)
-    lab = side_by_side(replaced(tiny, name="shop"), long, tmp_path, 2)
-    jobs = seeded(Job("LightGCN", settings_of("LightGCN", long)), 2)
-    folders = [lab.folder(*job) for job in jobs]
-
-    def interrupted(_):
-        while not all((folder / "state.pt").exists() for folder in folders):
-            time.sleep(0.05)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(laboratory, "as_completed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        laboratory.learn_all(lab, "both", jobs)
-    assert not any(laboratory.is_trained(folder) for folder in folders)
-
-
-def test_a_process_killed_beside_others_is_one_line(tiny, config, tmp_path, monkeypatch):
-    """As the system does when memory ends."""
-    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
-    long = dataclasses.replace(config, epochs=2000, patience=2000)
-    lab = side_by_side(replaced(tiny, name="shop"), long, tmp_path, 2)
+    lab = side_by_side(replaced(tiny, name="shop"), long, root, 2)
     jobs = seeded(Job("LightGCN", settings_of("LightGCN", long)), 2)
     folders = [lab.folder(*job) for job in jobs]
     true_completed = laboratory.as_completed
 
-    def killed(begun):
+    def ended(begun):
         while not all((folder / "state.pt").exists() for folder in folders):
             time.sleep(0.05)
-        # The first: of the last begun, Python's pool may hear only with the next result.
-        min(multiprocessing.active_children(), key=lambda child: child.pid).kill()
+        end()
         return true_completed(begun)
 
-    monkeypatch.setattr(laboratory, "as_completed", killed)
-    with pytest.raises(data.DataError, match="--jobs: a process was killed"):
+    monkeypatch.setattr(laboratory, "as_completed", ended)
+    try:
         laboratory.learn_all(lab, "both", jobs)
-    assert not any(laboratory.is_trained(folder) for folder in folders)
+    finally:
+        assert not any(laboratory.is_trained(folder) for folder in folders)
+
+
+def test_side_by_side_ends_when_interrupted(tiny, config, tmp_path, monkeypatch):
+    """Its processes with it: none goes on until its model is trained."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ended_while_both_train(tiny, config, tmp_path, monkeypatch, interrupt)
+
+
+def test_a_process_killed_beside_others_is_one_line(tiny, config, tmp_path, monkeypatch):
+    """As the system does when memory ends; the last begun, which a pool notices last."""
+
+    def kill():
+        max(multiprocessing.active_children(), key=lambda child: child.pid).kill()
+
+    with pytest.raises(data.DataError, match="--jobs: a process was killed"):
+        ended_while_both_train(tiny, config, tmp_path, monkeypatch, kill)
 
 
 def test_what_fails_side_by_side_fails_here(tiny, config, tmp_path, monkeypatch):
@@ -1561,6 +1562,7 @@ def test_rivals_are_ranked_by_validation():
         {"model": model, "validation": value, "settings": {"l2": 0.1}}
         for model, value in reached.items()
     ]
+    rows[3] |= {"validation": 0.6, "three seeds": 0.3}  # one seed's was luck
     lucky = {"model": "GRCN", "validation": 0.7, "settings": {"l2": 0.2}}  # not chosen
     found = {"best": {model: {"l2": 0.1} for model in reached}, "rows": [*rows, lucky]}
     assert comparison.rivals(found) == ["LATTICE", "FREEDOM", "GRCN", "VBPR"]
