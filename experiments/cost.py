@@ -30,6 +30,7 @@ from experiments.lab import (
     module,
     settings,
     settings_class,
+    some,
     student_weights,
 )
 from experiments.publish import Output, markdown
@@ -81,14 +82,15 @@ def table6(lab: Lab) -> Output:
         native.parent.mkdir(parents=True, exist_ok=True)
         data.save(lab.dataset, native)
     job = Job("PromptMM", full)
-    others = {model: Job(model, briefly(settings(lab, model))) for model in OTHERS}
-    learn_all(lab, "Table 6", [job, *others.values()])
+    others = some(lab, OTHERS, 1)
+    brief = {model: Job(model, briefly(settings(lab, model))) for model in others}
+    learn_all(lab, "Table 6", [job, *brief.values()])
     folders = dict.fromkeys(STAGES, lab.folder(*job))
     folders["teacher"] = lab.folder("Teacher", full)
-    folders |= {model: lab.folder(*one) for model, one in others.items()}
+    folders |= {model: lab.folder(*one) for model, one in brief.items()}
     rows = []
-    for model in COSTS:
-        command = [*module("cost"), "--data", str(native), "--run", str(folders[model])]
+    for model, folder in folders.items():
+        command = [*module("cost"), "--data", str(native), "--run", str(folder)]
         command += ["--model", model, "--device", str(lab.device)]
         rows.append({"model": model} | json.loads(child(command)))
     rows = [row | shares(row, rows[0]) for row in rows]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from experiments.lab import Job, Lab, judge, learn_all, seeded, settings, spread
+from experiments.lab import Job, Lab, judge, learn_all, seeded, settings, some, spread
 from experiments.publish import Output, markdown, protocol
 from promptmm import Config
 
@@ -21,7 +21,7 @@ LABELS = {"Teacher": "teacher", "PromptMM": "student"}
 def figure4(lab: Lab, seeds: int) -> Output:
     """Test Recall@20 of teacher and student as one setting moves."""
     full = settings(lab)
-    grid = points(full, lab.quick)
+    grid = points(lab, full)
     every = [one for *_, config in grid for one in seeded(Job("PromptMM", config), seeds)]
     learn_all(lab, "Figure 4", every)
     rows = []
@@ -40,11 +40,11 @@ def figure4(lab: Lab, seeds: int) -> Output:
     return Output(title, rows, text, protocol(full, seeds), partial(plot_sweeps, rows))
 
 
-def points(full: Config, quick: bool) -> list[tuple[str, float, Config]]:
-    """Symbol, value and settings of every point; the first two of each sweep if quick."""
+def points(lab: Lab, full: Config) -> list[tuple[str, float, Config]]:
+    """Symbol, value and settings of every point."""
     grid = []
     for symbol, (name, values) in SWEEPS.items():
-        for value in values[:2] if quick else values:
+        for value in some(lab, values, 2):
             grid.append((symbol, value, replace(full, **{name: value})))
     return grid
 

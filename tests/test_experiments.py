@@ -1667,6 +1667,11 @@ def test_the_other_weight_of_plain_kl_is_chosen_on_validation(lab, config, monke
     assert job.config.beta == "identity"
 
 
+def test_a_smoke_test_takes_the_first_of_many_rows(lab):
+    assert laboratory.some(lab, "abc", 2) == "abc"
+    assert laboratory.some(dataclasses.replace(lab, quick=True), "abc", 2) == "ab"
+
+
 def test_options_change_one_thing_each(lab, monkeypatch):
     seen = {}
 
@@ -1765,13 +1770,33 @@ def test_table_6_measures_each_row_in_a_process_of_its_own(embedded, monkeypatch
     monkeypatch.setattr(cost, "child", child)
     assert main(["table6", "--quick", "--out", str(embedded)]) == 0
     table = json.loads((embedded / "synthetic" / "table6.json").read_text())
-    assert [row["model"] for row in table["rows"]] == list(cost.COSTS)
+    assert [row["model"] for row in table["rows"]] == [*cost.STAGES, "MF-BPR"]
     teacher, *_, student = table["rows"][: len(cost.STAGES)]
     assert teacher["learnt"] == teacher["all"] == "100.0%"
     share = student["trainable"] / teacher["trainable"]
     assert student["learnt"] == f"{share:.1%}"
     assert student["serve"] == 4 * student["trainable"] < teacher["serve"]
-    assert table["trained"]["models"] == 3 + len(cost.OTHERS)
+    assert table["trained"]["models"] == 3 + 1
+
+
+def test_table_6_has_a_row_for_every_model(lab, config, monkeypatch):
+    """Each from the folder of that model; a smoke test has some of them."""
+    asked = []
+
+    def child(command: list[str]) -> str:
+        asked.append((command[-3], Path(command[command.index("--run") + 1]).name))
+        sizes = dict.fromkeys(("trainable", "buffers", "embed", "epoch"), 1)
+        return json.dumps(sizes | {"peak_embed": 1, "peak_train": 1, "serve": 8})
+
+    monkeypatch.setattr(cost, "child", child)
+    short = {"dim": 8, "batch": 100, "epochs": 1}
+    chosen = dict.fromkeys(cost.OTHERS, short) | {"PromptMM": vars(config)}
+    rows = cost.table6(dataclasses.replace(lab, chosen=lab.chosen | chosen)).rows
+    assert [row["model"] for row in rows] == [model for model, _ in asked]
+    assert [row["model"] for row in rows] == [*cost.STAGES, *cost.OTHERS]
+    folders = dict(asked)
+    assert all(folders[m].startswith(laboratory.slug(m)) for m in ("teacher", *cost.OTHERS))
+    assert {folders[stage][:8] for stage in cost.STAGES[1:]} == {"promptmm"}
 
 
 @pytest.mark.parametrize("model", cost.OTHERS)
