@@ -311,10 +311,10 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
         )
     difference = a.mean(0) - b.mean(0)  # [users]
     rng = np.random.default_rng(seed)
-    # Users with the same difference are interchangeable: draw how often each gap comes up.
-    gap, count = np.unique(difference, return_counts=True)
-    share = count / difference.size
-    drawn = [rng.multinomial(difference.size, share) @ gap for _ in range(draws)]
+    # A user without a difference adds nothing: draw how many others come up, then which.
+    gaps = difference[difference != 0]
+    many = rng.binomial(difference.size, gaps.size / difference.size, draws)
+    drawn = [rng.choice(gaps, n).sum() for n in many]
     means = np.array(drawn) / difference.size  # [draws]
     means += _seed_draws(a, draws, rng) - _seed_draws(b, draws, rng)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -210,6 +210,18 @@ def test_paired_test_holds_its_level_over_users():
     assert paired_test(pairs[0], pairs[1])["seeds_drawn"]
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_paired_test_draws_every_user_with_the_others(share):
+    """Its interval is that of draws of whole users; those without a difference count."""
+    rng = np.random.default_rng(2)
+    difference = (rng.random(200) < share) * rng.choice([0.5, 1.0], 200)
+    found = paired_test(difference, np.zeros(200))
+    means = difference[rng.integers(200, size=(20_000, 200))].mean(1)
+    width = np.quantile(means, 0.975) - np.quantile(means, 0.025)
+    assert found["high"] - found["low"] == pytest.approx(width, rel=0.1)
+    assert found["low"] == pytest.approx(np.quantile(means, 0.025), abs=0.1 * width)
+
+
 def test_paired_test_needs_the_same_users():
     with pytest.raises(ValueError, match="same users"):
         paired_test(np.ones(3), np.ones(4))
