@@ -120,7 +120,7 @@ def options(lab: Lab, seeds: int) -> Output:
     full = settings(lab)
     jobs = {
         name: Job("PromptMM", replace(full, **OPTIONS[name]))
-        for name in some(lab, [*OPTIONS], 5)
+        for name in some(lab, [*OPTIONS], 3)
     }
     rows = compare(lab, "options", without_doubles(jobs), seeds, "PromptMM")
     title = f"Options on {lab.dataset.name}, one change each, test split"

@@ -82,15 +82,16 @@ def table6(lab: Lab) -> Output:
         native.parent.mkdir(parents=True, exist_ok=True)
         data.save(lab.dataset, native)
     job = Job("PromptMM", full)
-    others = some(lab, OTHERS, 1)
+    shown = some(lab, COSTS, 2)
+    others = [model for model in shown if model in OTHERS]
     brief = {model: Job(model, briefly(settings(lab, model))) for model in others}
     learn_all(lab, "Table 6", [job, *brief.values()])
     folders = dict.fromkeys(STAGES, lab.folder(*job))
     folders["teacher"] = lab.folder("Teacher", full)
     folders |= {model: lab.folder(*one) for model, one in brief.items()}
     rows = []
-    for model, folder in folders.items():
-        command = [*module("cost"), "--data", str(native), "--run", str(folder)]
+    for model in shown:
+        command = [*module("cost"), "--data", str(native), "--run", str(folders[model])]
         command += ["--model", model, "--device", str(lab.device)]
         rows.append({"model": model} | json.loads(child(command)))
     rows = [row | shares(row, rows[0]) for row in rows]

@@ -44,7 +44,7 @@ def points(lab: Lab, full: Config) -> list[tuple[str, float, Config]]:
     """Symbol, value and settings of every point."""
     grid = []
     for symbol, (name, values) in SWEEPS.items():
-        for value in some(lab, values, 2):
+        for value in some(lab, values, 1):
             grid.append((symbol, value, replace(full, **{name: value})))
     return grid
 
