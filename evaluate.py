@@ -314,7 +314,8 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     # A user without a difference adds nothing: draw how many others come up, then which.
     gaps = difference[difference != 0]
     many = rng.binomial(difference.size, gaps.size / difference.size, draws)
-    drawn = [rng.choice(gaps, n).sum() for n in many]
+    which = (rng.integers(max(1, gaps.size), size=n) for n in many)  # [n] each
+    drawn = [gaps[one].sum() for one in which]
     means = np.array(drawn) / difference.size  # [draws]
     means += _seed_draws(a, draws, rng) - _seed_draws(b, draws, rng)
     low, high = np.quantile(means, [0.025, 0.975])
