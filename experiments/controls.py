@@ -2,7 +2,7 @@
 
 Content that says nothing (features shuffled over items, or noise), a teacher without
 content, one loss at a time, one half of a list at a time, on the teacher's best items and
-on random ones, narrow students; and how faithful a student is.
+on random ones, narrow students under wide teachers; and how faithful a student is.
 """
 
 from dataclasses import replace
@@ -79,12 +79,18 @@ def controls(lab: Lab, seeds: int) -> Output:
         itself = replace(full, lambda_embed=0.0, list_from="joint")
         jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
         jobs |= {name: Job(FULL, config) for name, config in changed(full).items()}
+        narrow = widths(full, alone.config)
+        jobs |= {name: job for name, job in narrow.items() if job not in jobs.values()}
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (
         "shuffled: rows over items, all modalities in one order; noise: normal, of each "
-        "modality's mean and deviation; LightGCN from LightGCN: the teacher's ids alone "
-        "teach; nothing is tuned again"
+        "modality's mean and deviation; nothing is tuned again"
     )
+    if not lab.source:
+        note += (
+            "; LightGCN from LightGCN: the teacher's ids alone teach; d: width of the "
+            "student, d_T of its teacher's f^m"
+        )
     title = f"Controls on {lab.dataset.name}, test split"
     found = fidelity(lab, full, seeds)
     teachers = seeded(jobs["Teacher"], seeds)
@@ -114,6 +120,17 @@ def changed(full: Config) -> dict[str, Config]:
     kept = without_doubles({FULL: full} | rows)
     del kept[FULL]
     return kept
+
+
+def widths(full: Config, alone: Config) -> dict[str, Job]:
+    """Narrow students under wide teachers, after a LightGCN of the student's width."""
+    rows = {}
+    for d in (16, 32, 64):
+        rows[f"LightGCN, d = {d}"] = Job("LightGCN", replace(alone, dim=d))
+        for d_t in (64, 256):
+            taught = replace(full, dim=d, dim_teacher=d_t)
+            rows[f"d = {d}, d_T = {d_t}"] = Job(FULL, taught)
+    return rows
 
 
 def lists(lab: Lab, seeds: int) -> Output:

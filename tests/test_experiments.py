@@ -43,7 +43,15 @@ from experiments import (
     tune,
 )
 from experiments.__main__ import EVERY, PARTS, TUNE, main, perform, state_of
-from experiments.controls import NoContent, changed, controls, faithful, lists, useless
+from experiments.controls import (
+    NoContent,
+    changed,
+    controls,
+    faithful,
+    lists,
+    useless,
+    widths,
+)
 from experiments.lab import (
     CODE,
     CORE,
@@ -948,6 +956,21 @@ def test_controls_leave_what_they_say(lab, config):
     assert other == set(change) - {"random lists"} | {"top lists"}
 
 
+def test_narrow_students_have_the_widths_they_say(lab, config):
+    """Nothing else is changed; LightGCN and the full model are not trained twice."""
+    full = dataclasses.replace(config, dim=32, dim_teacher=256)
+    alone = settings(lab, "LightGCN")
+    for name, (model, own, kind) in widths(full, alone).items():
+        numbers = dict(part.split(" = ") for part in name.split(", ") if " = " in part)
+        wanted = {"dim": int(numbers["d"])}
+        if model == "PromptMM":
+            wanted["dim_teacher"] = int(numbers["d_T"])
+        before = full if model == "PromptMM" else alone
+        assert own == dataclasses.replace(before, **wanted) and kind is Teacher
+        assert name.startswith("LightGCN") == (model == "LightGCN")
+    assert len(widths(full, alone)) == 9
+
+
 def test_lists_hold_what_they_say(lab, config, monkeypatch):
     """Beside the full model: the other half or both, on the best items and on any."""
     asked = {}
@@ -1046,6 +1069,8 @@ def test_lightgcn_from_lightgcn_sees_no_content(lab, monkeypatch):
     quick = dataclasses.replace(lab, quick=True, source="")
     with pytest.raises(StopIteration):
         controls(quick, 1)
+    here = [job for name, job in jobs.items() if "features" not in name]
+    assert len(set(map(str, here))) == len(here) > 15  # none is another's double
     job = jobs["LightGCN from LightGCN"]
     assert job.kind is NoContent
     shuffled = replaced(lab.dataset, features=useless(lab)["features shuffled"])
