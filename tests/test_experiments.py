@@ -1311,6 +1311,22 @@ def test_the_pages_take_their_figures_from_the_results(tmp_path, monkeypatch):
     assert found == page.format("b.txt").replace("old", "```text\nplain\n```")
 
 
+def test_the_summary_leaves_the_tags_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    row = {
+        "model": "LightGCN",
+        "recall@20": laboratory.spread([0.25]),
+        "gain": {"recall@20": 0.0},
+    }
+    for name in ("citeulike", "citeulike_tag"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        file = tmp_path / "results" / name / "table4.json"
+        file.write_text(json.dumps({"rows": [row]}))
+    publish.fill_pages()
+    found = (tmp_path / "results" / "summary.md").read_text()
+    assert "| model | citeulike |\n" in found and "0.2500" in found
+
+
 # ------------------------------------------------------------ every part
 
 
