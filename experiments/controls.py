@@ -37,6 +37,7 @@ from experiments.publish import (
 from promptmm import Config, Encoded, Teacher
 
 FULL = "PromptMM"
+BEGUN = "Teacher, untrained"
 ALONE = {  # what is left out
     "PairKD alone": ("lambda_list", "lambda_embed"),
     "ListKD alone": ("lambda_pair", "lambda_embed"),
@@ -66,15 +67,19 @@ def controls(lab: Lab, seeds: int) -> Output:
     """What remains of the gain over LightGCN under each control."""
     full = settings(lab)
     alone = Job("LightGCN", settings(lab, "LightGCN"))
-    jobs = {"LightGCN": alone, FUSED: Job(FUSED, settings(lab, FUSED))}
-    jobs |= {"Teacher": Job("Teacher", full), FULL: Job(FULL, full)}
-    places, elsewhere = {"Teacher": lab}, {}
+    climb = {  # rung by rung
+        FUSED: Job(FUSED, settings(lab, FUSED)),
+        BEGUN: Job("Teacher", replace(full, lr_teacher=0.0, lambda_prompt=0.0)),
+        "Teacher": Job("Teacher", full),
+        FULL: Job(FULL, full),
+    }
+    jobs, places, elsewhere = {"LightGCN": alone, **climb}, {"Teacher": lab}, {}
     for name, features in useless(lab).items():
         place = with_data(lab, replace(lab.dataset, features=features))
-        sums = f"{FUSED}, {name}"
-        places[name] = place
-        elsewhere |= {sums: place, name: place}
-        jobs |= {sums: Job(FUSED, settings(lab, FUSED)), name: Job(FULL, full)}
+        rungs = {f"{model}, {name}": job for model, job in climb.items()}
+        jobs |= rungs
+        elsewhere |= dict.fromkeys(rungs, place)
+        places[f"Teacher, {name}"] = place
     if not lab.source:  # each row costs five trainings
         itself = replace(full, lambda_embed=0.0, list_from="joint")
         jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
@@ -84,7 +89,8 @@ def controls(lab: Lab, seeds: int) -> Output:
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     note = (
         "shuffled: rows over items, all modalities in one order; noise: normal, of each "
-        "modality's mean and deviation; nothing is tuned again"
+        "modality's mean and deviation; untrained: W^m at the principal directions, no "
+        "prompt, content smoothed as the teacher does; nothing is tuned again"
     )
     if not lab.source:
         note += (
@@ -93,7 +99,7 @@ def controls(lab: Lab, seeds: int) -> Output:
         )
     title = f"Controls on {lab.dataset.name}, test split"
     found = fidelity(lab, full, seeds)
-    teachers = seeded(jobs["Teacher"], seeds)
+    teachers = seeded(climb["Teacher"], seeds)
     weights = {name: weights_of(place, teachers) for name, place in places.items()}
     lines = "\n".join(weights_line(name, own) for name, own in weights.items())
     table = ranking_table(rows, "LightGCN")
@@ -157,10 +163,7 @@ def useless(lab: Lab, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     noise = {}
     for m, x in features.items():
         noise[m] = rng.normal(x.mean(), x.std(), x.shape).astype(np.float32)
-    return {
-        "features shuffled": {m: x[order] for m, x in features.items()},
-        "features of noise": noise,
-    }
+    return {"shuffled": {m: x[order] for m, x in features.items()}, "noise": noise}
 
 
 # ------------------------------------------------------------ fidelity

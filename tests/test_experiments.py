@@ -44,6 +44,7 @@ from experiments import (
 )
 from experiments.__main__ import EVERY, PARTS, TUNE, main, perform, state_of
 from experiments.controls import (
+    BEGUN,
     NoContent,
     changed,
     controls,
@@ -635,7 +636,7 @@ def test_changed_data_keep_the_settings_of_their_own(lab, tmp_path):
     best = {"LightGCN": {"l2": 0.5}, "PromptMM": {"lambda_list": 7.0}}
     found = {"best": best, "tried": 2, "fingerprint": lab.fingerprint}
     file.write_text(json.dumps(found))
-    shuffled = replaced(lab.dataset, features=useless(lab)["features shuffled"])
+    shuffled = replaced(lab.dataset, features=useless(lab)["shuffled"])
     changed_lab = with_data(lab, shuffled)
     assert changed_lab.fingerprint == data.fingerprint(shuffled) != lab.fingerprint
     assert changed_lab.cache != lab.cache
@@ -918,13 +919,13 @@ def test_settings_from_elsewhere_are_those_of_the_presets(lab, monkeypatch):
 def test_useless_content_is_the_same_content_elsewhere_or_noise_of_its_scale(lab):
     found = useless(lab)
     for m, x in lab.dataset.features.items():
-        moved, noise = (found[f"features {how}"][m] for how in ("shuffled", "of noise"))
+        moved, noise = (found[how][m] for how in ("shuffled", "noise"))
         assert sorted(map(bytes, moved)) == sorted(map(bytes, x))
         assert (moved != x).any(1).mean() > 0.8
         assert noise.shape == x.shape and noise.dtype == np.float32
         assert noise.std() == pytest.approx(x.std(), rel=0.2)
         assert abs(np.corrcoef(noise.ravel(), x.ravel())[0, 1]) < 0.2
-    one, two = found["features shuffled"].values()
+    one, two = found["shuffled"].values()
     rows = [
         np.flatnonzero((x == y[0]).all(1))
         for x, y in zip(lab.dataset.features.values(), (one, two), strict=True)
@@ -1016,10 +1017,9 @@ def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypa
     monkeypatch.setattr(laboratory, "learn", learning)
     monkeypatch.setattr(laboratory, "judge", judging)
     output = controls(dataclasses.replace(lab, quick=True), 1)
-    real = ["LightGCN", laboratory.FUSED, "Teacher", "PromptMM"]
-    useless_rows = ["features shuffled", "features of noise"]
-    elsewhere = [[f"{laboratory.FUSED}, {name}", name] for name in useless_rows]
-    assert [row["model"] for row in output.rows] == real + sum(elsewhere, [])
+    climb = [laboratory.FUSED, BEGUN, "Teacher", "PromptMM"]
+    without = [f"{model}, {name}" for name in ("shuffled", "noise") for model in climb]
+    assert [row["model"] for row in output.rows] == ["LightGCN", *climb, *without]
     sums = {place for model, place in judged if model == laboratory.FUSED}
     assert len(sums) == 3
     alone = [place.fingerprint for model, place in trained if model == "LightGCN"]
@@ -1035,6 +1035,29 @@ def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypa
         embeddings(one, "LightGCN", ids_settings(one, Config())) for one in places.values()
     ]
     assert all(torch.equal(ids[0][side], one[side]) for one in ids for side in (0, 1))
+
+
+def test_the_untrained_teacher_is_where_training_begins(lab, config, monkeypatch):
+    """W^m at the principal directions, without a prompt; but weighed as the other is."""
+    jobs = {}
+
+    def watched(lab, title, rows, *_):
+        jobs.update(rows)
+        raise StopIteration
+
+    monkeypatch.setattr("experiments.controls.compare", watched)
+    with pytest.raises(StopIteration):
+        controls(
+            dataclasses.replace(lab, chosen=lab.chosen | {"PromptMM": vars(config)}), 1
+        )
+    found = load_teacher(lab, jobs[BEGUN].config)
+    begun = Teacher(lab.dataset, config)
+    for one, other in zip(found.reduction, begun.reduction, strict=True):
+        assert torch.equal(one.weight, other.weight) and not one.bias.any()
+    assert found.prompt_share() == 0
+    assert found.modality_weights() == {"text": 0.5, "visual": 0.25}
+    trained = load_teacher(lab, jobs["Teacher"].config)
+    assert not torch.equal(trained.reduction[0].weight, begun.reduction[0].weight)
 
 
 def test_a_teacher_without_content_ranks_as_lightgcn_and_teaches(lab, config):
@@ -1069,11 +1092,11 @@ def test_lightgcn_from_lightgcn_sees_no_content(lab, monkeypatch):
     quick = dataclasses.replace(lab, quick=True, source="")
     with pytest.raises(StopIteration):
         controls(quick, 1)
-    here = [job for name, job in jobs.items() if "features" not in name]
+    here = [job for name, job in jobs.items() if not name.endswith(("shuffled", "noise"))]
     assert len(set(map(str, here))) == len(here) > 15  # none is another's double
     job = jobs["LightGCN from LightGCN"]
     assert job.kind is NoContent
-    shuffled = replaced(lab.dataset, features=useless(lab)["features shuffled"])
+    shuffled = replaced(lab.dataset, features=useless(lab)["shuffled"])
     places = quick, with_data(quick, shuffled)
     here, there = (embeddings(place, *job) for place in places)
     assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
