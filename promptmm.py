@@ -254,9 +254,9 @@ class Teacher(nn.Module):
 
     1. A *profile* ranks by content as it is, x^m, and learns nothing.
     2. Their *fusion* with LightGCN weighs each profile by validation.
-    3. The *teacher* is that fusion with W^m, b^m and the prompt trained. W^m starts at the
-       principal directions, where f^m is x^m turned: so it starts as rung 2, and keeps what
-       training adds.
+    3. The *teacher* is that fusion, in which items hear their neighbours too, with W^m, b^m
+       and the prompt trained. W^m starts at the principal directions, where f^m is x^m
+       turned, and keeps what training adds.
 
     θ_T: W^m, b^m, the weights, and a trained LightGCN's embeddings, `user` and `item`; θ_P:
     `prompt`. Content and ids are trained apart and added up: trained jointly, tables that

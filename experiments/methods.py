@@ -1,6 +1,6 @@
 """Four ways of distilling into one student, side by side: results/<dataset>/methods.json.
 
-All four minimise BPR plus a distance to frozen teachers: they differ in what is compared.
+All four minimise BPR plus a distance to something frozen: they differ in what is compared.
 docs/methods.md explains; claims.py asks what each paper claims. Their settings come from
 `python -m experiments tune_methods`, after `tune`.
 """

@@ -104,7 +104,7 @@ def claim(found: dict) -> bool:
 # positive: with alpha = 0 nothing changes.
 #
 # What it does not show: that alpha = 0 is better for a teacher as it is. In the left column
-# the three forms differ by less than the noise of lesson 6.
+# the three forms differ by .017, one training of each; lesson 6 says how much is noise.
 
 # %% [markdown]
 # Your turn: `disentangle(logits)`, [B, K] -> the tuple log b [B, 2], log q [B, K-1], finite

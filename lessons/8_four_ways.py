@@ -33,8 +33,8 @@ from promptmm import margin
 
 # %% [markdown]
 # Each way gets the logits of student and teacher [B, K], column 0 the positive, and the
-# embeddings of B items [B, d], and returns one number. Others of this project compare
-# the same in `distillers/`; CKD, PRM-KD and KDSR are to come there.
+# embeddings of B items [B, d], and returns one number. CKD, PRM-KD and KDSR,
+# which compare other things, are in `distillers/`.
 
 
 # %%
