@@ -307,21 +307,20 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     a, b = np.atleast_2d(a), np.atleast_2d(b)  # [seeds, users]
     if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"paired_test: expected the same users, found {a.shape[1]} and {b.shape[1]}"
+            f"paired_test: expected the same users, found {a.shape} and {b.shape}"
         )
     difference = a.mean(0) - b.mean(0)  # [users]
     rng = np.random.default_rng(seed)
     # A user without a difference adds nothing: draw how many others come up, then which.
     gaps = difference[difference != 0]
     many = rng.binomial(difference.size, gaps.size / difference.size, draws)
-    which = (rng.integers(max(1, gaps.size), size=n) for n in many)  # [n] each
-    drawn = [gaps[one].sum() for one in which]
+    drawn = [gaps[rng.integers(gaps.size or 1, size=n)].sum() for n in many]
     means = np.array(drawn) / difference.size  # [draws]
     means += _seed_draws(a, draws, rng) - _seed_draws(b, draws, rng)
     low, high = np.quantile(means, [0.025, 0.975])
     one_sided = min((means <= 0).mean(), (means >= 0).mean())
     p_bootstrap = np.clip(2 * one_sided, 1 / draws, 1)
-    wilcoxon = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
+    wilcoxon = stats.wilcoxon(difference).pvalue if gaps.size else 1.0
     return {
         "difference": float(difference.mean()),
         "low": float(low),

@@ -47,6 +47,15 @@ HALVES = {
     "α = 1": {"alpha": 1.0, "beta": 1.0},
     "plain KL": {"alpha": 1.0, "beta": "identity"},
 }
+NOTE = (
+    "shuffled: rows over items, all modalities in one order; noise: normal, of each "
+    "modality's mean and deviation; untrained: W^m at the principal directions, no prompt, "
+    "content smoothed as the teacher does; nothing is tuned again"
+)
+NOTE_APART = (
+    "; LightGCN from LightGCN: the teacher's ids alone teach; d: width of the student, d_T "
+    "of its teacher's f^m"
+)
 
 
 class NoContent(Teacher):
@@ -66,51 +75,47 @@ class NoContent(Teacher):
 def controls(lab: Lab, seeds: int) -> Output:
     """What remains of the gain over LightGCN under each control."""
     full = settings(lab)
-    alone = Job("LightGCN", settings(lab, "LightGCN"))
-    climb = {  # rung by rung
-        FUSED: Job(FUSED, settings(lab, FUSED)),
-        BEGUN: Job("Teacher", replace(full, lr_teacher=0.0, lambda_prompt=0.0)),
-        "Teacher": Job("Teacher", full),
-        FULL: Job(FULL, full),
-    }
-    jobs, places, elsewhere = {"LightGCN": alone, **climb}, {"Teacher": lab}, {}
+    climb = rungs(lab, full)
+    jobs = {"LightGCN": Job("LightGCN", settings(lab, "LightGCN")), **climb}
+    places = {"Teacher": lab}
+    elsewhere = {}
     for name, features in useless(lab).items():
         place = with_data(lab, replace(lab.dataset, features=features))
-        rungs = {f"{model}, {name}": job for model, job in climb.items()}
-        jobs |= rungs
-        elsewhere |= dict.fromkeys(rungs, place)
+        again = {f"{model}, {name}": job for model, job in climb.items()}
+        jobs |= again
+        elsewhere |= dict.fromkeys(again, place)
         places[f"Teacher, {name}"] = place
     if not lab.source:  # each row costs five trainings
-        itself = replace(full, lambda_embed=0.0, list_from="joint")
-        jobs["LightGCN from LightGCN"] = Job(FULL, itself, NoContent)
-        jobs |= {name: Job(FULL, config) for name, config in changed(full).items()}
-        narrow = widths(full, alone.config)
-        jobs |= {name: job for name, job in narrow.items() if job not in jobs.values()}
+        jobs |= taken_apart(full, jobs)
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
-    note = (
-        "shuffled: rows over items, all modalities in one order; noise: normal, of each "
-        "modality's mean and deviation; untrained: W^m at the principal directions, no "
-        "prompt, content smoothed as the teacher does; nothing is tuned again"
-    )
-    if not lab.source:
-        note += (
-            "; LightGCN from LightGCN: the teacher's ids alone teach; d: width of the "
-            "student, d_T of its teacher's f^m"
-        )
     title = f"Controls on {lab.dataset.name}, test split"
+    note = f"{protocol(full, seeds)}; {PAIRED}; {NOTE}{'' if lab.source else NOTE_APART}"
     found = fidelity(lab, full, seeds)
     teachers = seeded(climb["Teacher"], seeds)
     weights = {name: weights_of(place, teachers) for name, place in places.items()}
     lines = "\n".join(weights_line(name, own) for name, own in weights.items())
     table = ranking_table(rows, "LightGCN")
     text = f"{table}\n\n{markdown(found, FIDELITY)}\n\n{lines}"
-    return Output(
-        title,
-        rows,
-        text,
-        f"{protocol(full, seeds)}; {PAIRED}; {note}",
-        extra={"fidelity": found, "weights": weights},
-    )
+    return Output(title, rows, text, note, extra={"fidelity": found, "weights": weights})
+
+
+def rungs(lab: Lab, full: Config) -> dict[str, Job]:
+    """From content as it is to the student, one thing more at each."""
+    return {
+        FUSED: Job(FUSED, settings(lab, FUSED)),
+        BEGUN: Job("Teacher", replace(full, lr_teacher=0.0, lambda_prompt=0.0)),
+        "Teacher": Job("Teacher", full),
+        FULL: Job(FULL, full),
+    }
+
+
+def taken_apart(full: Config, jobs: dict[str, Job]) -> dict[str, Job]:
+    """Self-distillation, one loss or one half of a list at a time, narrow students."""
+    itself = replace(full, lambda_embed=0.0, list_from="joint")
+    rows = {"LightGCN from LightGCN": Job(FULL, itself, NoContent)}
+    rows |= {name: Job(FULL, config) for name, config in changed(full).items()}
+    rows |= widths(full, jobs["LightGCN"].config)
+    return {name: job for name, job in rows.items() if job not in jobs.values()}
 
 
 def changed(full: Config) -> dict[str, Config]:
