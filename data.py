@@ -715,7 +715,7 @@ def fingerprint(dataset: Dataset, whole: bool = True) -> str:
     splits = SPLITS if whole else SPLITS[:1]
     cells = [np.array(getattr(dataset, split).nonzero()) for split in splits]
     features = sorted(dataset.features.items()) if whole else []
-    content = pickle.dumps((dataset.train.shape, cells, features))
+    content = pickle.dumps((dataset.train.shape, cells, features), protocol=4)
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

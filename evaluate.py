@@ -325,8 +325,8 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
         "difference": float(difference.mean()),
         "low": float(low),
         "high": float(high),
-        "p_bootstrap": float(p_bootstrap),
-        "p_wilcoxon": float(wilcoxon),
+        "p_bootstrap": p_bootstrap,
+        "p_wilcoxon": wilcoxon,
         "seeds_drawn": min(len(a), len(b)) > 1,
     }
 

@@ -31,7 +31,8 @@ code).
     F_u^m, F_i^m            user_modal[m], item_modal[m]              [U, d_T], [I, d_T]
     E_u^T, E_i^T            teacher_user, teacher_item                [U, D], [I, D]
     E_u^S, E_i^S            student_user, student_item                [U, d], [I, d]
-    y_list                  logits, column 0 the positive             [B, K]
+    y_list                  logits, column 0 the positive; a list of  [B, K]
+                            best items has BPR's negative, too        [B, K+1]
     y_pair, inside its σ    margin(logits)                            [B]
 """
 
@@ -188,7 +189,7 @@ class Graph:
         """Â_ui of users [B] and items [B] that they interacted with: [B]."""
         of_user = self.ui.crow_indices().diff().index_select(0, users)
         of_item = self.iu.crow_indices().diff().index_select(0, items)
-        return (of_user * of_item).rsqrt()
+        return (of_user.float() * of_item).rsqrt()  # of int32 the product could overflow
 
 
 def csr_tensor(block: sparse.csr_matrix, device) -> Tensor:
@@ -364,7 +365,7 @@ class Teacher(nn.Module):
         theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
         ptx = theta.T @ self.gram[m]  # pᵀX [d, d_m]
         square = ((p.T @ p) @ ptx * ptx).sum()  # ‖p pᵀX‖²  []
-        share = self.features[m].norm() / square.clamp(min=1e-24).sqrt()  # s
+        share = (self.filled[m].sum() / square.clamp(min=1e-24)).sqrt()  # s; x^m: unit rows
         scale = self.config.lambda_prompt * share  # []
         return p @ (scale * (ptx @ layer.weight))
 

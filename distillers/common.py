@@ -1,6 +1,7 @@
 """What the distillation methods share: teachers, what a method is, its training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Distiller(NamedTuple):
 def lists_of(run: Run, joint: Pair) -> Distillation:
     """PromptMM's lists under a joint teacher (errata P14), for other methods too."""
     encoded = Encoded(*joint, {}, {})
-    lists = Distillation(run, lambda: encoded)
+    own = replace(run.config, lambda_list=1.0)  # PromptMM's λ₃ is not the method's
+    lists = Distillation(replace(run, config=own), lambda: encoded)
     lists.refresh()  # once: this teacher stays as it is
     return lists
 

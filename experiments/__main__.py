@@ -39,6 +39,7 @@ from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
 from experiments.lab import (
+    CORE,
     Lab,
     bare,
     code_digest,
@@ -149,7 +150,7 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
         models = [code_digest(sources(model)) for model in trained]
     else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(profile.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(profile.__file__), *CORE]
     code = [bare(file.read_text()) for file in files]
     seeds = lab.count(part.seeds)
     before = earlier(lab) if part.name == "claims" else {}

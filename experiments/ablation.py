@@ -198,9 +198,9 @@ def plot_tsne(panels: dict[str, dict[str, np.ndarray]], figure) -> None:
 
     axes = figure.subplots(1, len(panels))
     for axis, (name, points) in zip(axes, panels.items(), strict=True):
-        flat = TSNE(init="pca", random_state=0).fit_transform(
-            np.concatenate(list(points.values()))
-        )
+        every = np.concatenate(list(points.values()))
+        near = min(30, (len(every) - 1) / 3)  # t-SNE's default, where there are enough
+        flat = TSNE(init="pca", random_state=0, perplexity=near).fit_transform(every)
         for (m, part), marker in zip(points.items(), "os^vD" * len(points), strict=False):
             axis.scatter(*flat[: len(part)].T, s=8, alpha=0.6, marker=marker, label=m, lw=0)
             flat = flat[len(part) :]

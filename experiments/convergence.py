@@ -30,7 +30,8 @@ def figure5(lab: Lab, seeds: int) -> Output:
     }
     note = (
         f"{protocol(jobs['PromptMM'].config, seeds)}; the teacher's is under the weights "
-        "found at that epoch, and its epoch 0, before training, is not in the plot"
+        "found at that epoch, and its epoch 0, before training, is not in the plot; "
+        "seconds are without validation, in which they are found"
     )
     title = f"Figure 5. Convergence on {lab.dataset.name}, validation split"
     return Output(title, rows, markdown(rows, columns), note, partial(plot_curves, logs))

@@ -6,6 +6,7 @@ Each row is measured in a process of its own, so that its peak of memory is its 
 """
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -230,9 +231,11 @@ def peak(device: str) -> float:
     """MiB at most in use so far: of this process, or allocated on the GPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage, which would count the parent's pages too.
-    with open("/proc/self/status") as status:
-        [line] = [line for line in status if line.startswith("VmHWM")]
+    status = Path("/proc/self/status")
+    if not status.exists():  # on a Mac: bytes, the parent's pages among them
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines = status.read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**10
 
 

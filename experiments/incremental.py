@@ -61,8 +61,9 @@ def table7(lab: Lab, seeds: int) -> Output:
         "a random fifth of the training interactions is held back for each seed; "
         "fine-tuning: BPR on the new ones only, over the whole graph, at a tenth of the "
         "student's step, selected on validation, patience 3; time: seconds of training up "
-        "to the selected epoch, those of the retrained models as logged when they were "
-        f"trained; {protocol(full, seeds)}"
+        "to the selected epoch, without validation, in which a teacher's w_m are found; "
+        "those of the retrained models as logged when they were trained; "
+        f"{protocol(full, seeds)}"
     )
     title = f"Table 7. Adapting to new data on {lab.dataset.name}, test split"
     return Output(title, rows, markdown(rows, columns), note)

@@ -442,7 +442,7 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
     Side by side each has a thread. What teaches comes first: a student whose teacher is
     still being trained waits for it (`locked`).
     """
-    if lab.side_by_side == 1 or len(jobs) == 1:
+    if lab.side_by_side == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, learn(lab, *job)
         return

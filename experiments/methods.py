@@ -79,7 +79,8 @@ def methods(lab: Lab, seeds: int) -> Output:
         f"{protocol(jobs['PromptMM'].config, seeds)}; {PAIRED}, which are the four methods "
         "here, and three beside PromptMM; seeds above: of the same seed; tries: the "
         "teacher's and the student's; s of teachers: all that is trained before one "
-        "student; seconds as logged when it was trained, whatever ran beside; "
+        "student; seconds as logged when it was trained, whatever ran beside, without "
+        "validation, in which a teacher's w_m are found; "
         f"each of the four serves {served:,} numbers. PRM-KD's formulas and CKD's "
         "blocks are ours: no row says that a paper is wrong"
     )

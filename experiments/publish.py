@@ -100,9 +100,9 @@ def ranking_table(rows: list[dict], reference: str, more: dict | None = None) ->
 def protocol(config: Config, seeds: int) -> str:
     return (
         f"selection by validation Recall@20 every {config.eval_every} epochs, patience "
-        f"{config.patience} evaluations; test read once, at the selected epoch; all items "
-        f"ranked except the user's training and validation items; seeds 0 to {seeds - 1}; "
-        "mean ± standard deviation over seeds"
+        f"{config.patience} evaluations (a teacher's: {config.patience_teacher}); test "
+        "read once, at the selected epoch; all items ranked except the user's training and "
+        f"validation items; seeds 0 to {seeds - 1}; mean ± standard deviation over seeds"
     )
 
 

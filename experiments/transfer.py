@@ -29,13 +29,14 @@ def transfer(lab: Lab, seeds: int) -> Output:
             model: Job(model, settings(place, model)) for model in ("LightGCN", "PromptMM")
         }
         alone, student = compare(place, f"transfer, {name}", jobs, seeds, "LightGCN")
-        ratio = student["recall@20"]["mean"] / alone["recall@20"]["mean"]
+        gain = student["gain"]["recall@20"]  # None over a LightGCN that finds nothing
         row = {
             "settings": name,
             "alone": alone["recall@20"],
             "student": student["recall@20"],
         }
-        rows.append(row | {"ratio": f"{ratio:.1%}", "p": student["p_single"]})
+        ratio = "" if gain is None else f"{1 + gain:.1%}"
+        rows.append(row | {"ratio": ratio, "p": student["p_single"]})
         values += [student, alone]
     title = f"Settings from elsewhere on {lab.dataset.name}, Recall@20 on test"
     note = f"{protocol(settings(lab), seeds)}; p of each pair alone, not adjusted"

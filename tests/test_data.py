@@ -528,6 +528,13 @@ def test_synthetic_is_deterministic_and_valid():
     assert data.validate(data.synthetic()) == []
 
 
+def test_a_later_python_finds_the_same_fingerprint(tiny, monkeypatch):
+    """The default protocol of pickle is another from 3.14 on: searches would be lost."""
+    before, dumps = data.fingerprint(tiny), pickle.dumps
+    monkeypatch.setattr(pickle, "dumps", lambda x, protocol=5: dumps(x, protocol))
+    assert data.fingerprint(tiny) == before
+
+
 def test_synthetic_is_the_same_with_any_number_of_threads():
     """Sums in a fixed order: BLAS would split them by thread, last bits and all."""
     command = [

@@ -497,7 +497,7 @@ def test_lists_end_in_the_teachers_best(tiny, batch):
     """The same best items as PromptMM's lists draw from; anew for each edge."""
     users, lists = batch
     teacher = some_teachers(tiny)["joint"]
-    config = Config(list_pool=5, negatives=4)
+    config = Config(list_pool=5, negatives=4, lambda_list=0.0)  # PromptMM's λ₃ says nothing
     run = Run(Path(), tiny, config, torch.device("cpu"), {})
     top = lists_of(run, teacher)
     found = with_drawn(top, users, lists[:, :2])

@@ -913,6 +913,13 @@ def test_settings_from_elsewhere_are_those_of_the_presets(lab, monkeypatch):
         assert row["ratio"] == f"{judged[1] / judged[0]:.1%}"
 
 
+def test_transfer_where_lightgcn_finds_nothing(lab, monkeypatch):
+    nothing = {"recall@20": laboratory.spread([0.0]), "gain": {"recall@20": None}}
+    pair = [nothing, nothing | {"p_single": 1.0}]
+    monkeypatch.setattr("experiments.transfer.compare", lambda *_: pair)
+    assert {row["ratio"] for row in transfer(lab, 1).rows} == {""}
+
+
 # ------------------------------------------------------------ controls
 
 
@@ -1460,11 +1467,12 @@ def test_what_a_finished_part_depends_on(lab, monkeypatch):
     states.append(state_of(lab, part._replace(seeds=part.seeds + 1), {}))
     states.append(state_of(dataclasses.replace(lab, quick=True), part, {}))
     true_bare = laboratory.bare
-    monkeypatch.setattr(
-        "experiments.__main__.bare",
-        lambda source: true_bare(source) + "changed" * ("def markdown(" in source),
-    )
-    states.append(state_of(lab, part, {}))
+    for place in ("def markdown(", "def paired_test("):
+        monkeypatch.setattr(
+            "experiments.__main__.bare",
+            lambda source, place=place: true_bare(source) + "changed" * (place in source),
+        )
+        states.append(state_of(lab, part, {}))
     assert states[0] == states[1] and len(set(states)) == len(states) - 1
 
 
@@ -1539,6 +1547,15 @@ def test_the_main_job_is_shown_as_it_runs(folder, tmp_path, monkeypatch):
     )
     with pytest.raises(data.DataError, match="^error: no data$"):
         laboratory.child(["-c", complaint])
+
+
+def test_figure_3_of_a_small_catalogue():
+    """t-SNE's usual perplexity is for more points than that."""
+    pytest.importorskip("sklearn")
+    a, b = np.random.default_rng(0).normal(size=(2, 12, 4))
+    panels = {"x": {"a": a, "b": b}, "f": {"a": b, "b": a}}
+    figure = publish.styled(lambda figure: ablation.plot_tsne(panels, figure))
+    assert len(figure.axes[0].collections) == 2
 
 
 def test_figure_3_needs_two_modalities(folder, embedded, capsys):
@@ -1729,6 +1746,12 @@ def test_the_other_weight_of_plain_kl_is_chosen_on_validation(lab, config, monke
     assert name == f"w/o disentangle, λ₃ = {3 * config.lambda_list:g}"
     assert job.config.lambda_list == 3 * config.lambda_list
     assert job.config.beta == "identity"
+
+
+def test_no_process_is_started_for_nothing(lab, monkeypatch):
+    monkeypatch.setattr(laboratory, "ProcessPoolExecutor", None)
+    place = dataclasses.replace(lab, side_by_side=2)
+    assert list(laboratory.learn_each(place, [])) == []
 
 
 def test_a_smoke_test_takes_the_first_of_many_rows(lab):

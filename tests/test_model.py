@@ -402,6 +402,16 @@ def test_the_edge_itself_is_left_out_of_stage_1(tiny, config):
         assert found[f"bpr_{m}"].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_an_edge_between_two_that_are_very_popular():
+    """The product of their degrees is beyond an int32."""
+    n = 50_000
+    users = np.r_[np.zeros(n, int), np.arange(1, n)]
+    items = np.r_[np.arange(n), np.zeros(n - 1, int)]
+    train = sparse.csr_matrix((np.ones(len(users), np.float32), (users, items)))
+    edge = promptmm.Graph(train, "cpu").edge(torch.tensor([0]), torch.tensor([0]))
+    assert edge.item() == pytest.approx(1 / n)
+
+
 def test_what_is_computed_once_changes_nothing(tiny, config):
     teacher = Teacher(tiny, config).eval()
     for a, b in zip(teacher()[:2], teacher(teacher.fixed())[:2], strict=True):
