@@ -263,8 +263,13 @@ def ancestry(kind: type) -> list[type]:
 
 @cache
 def code_digest(files: tuple[Path, ...]) -> str:
-    """Of what the code does: comments and docstrings do not count, torch's version does."""
-    return digest([torch.__version__, *(bare(file.read_text()) for file in files)])
+    """Of what the code does: comments and docstrings do not count, torch's version does.
+
+    With what this file adds to a model: who teaches it, and how it is judged.
+    """
+    added = trained_pair, scaled, teachers_for, each_alone, ids_of, load_teacher, per_user
+    code = [*(file.read_text() for file in files), *map(inspect.getsource, added)]
+    return digest([torch.__version__, *map(bare, code)])
 
 
 @cache

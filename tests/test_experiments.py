@@ -1460,6 +1460,20 @@ def test_the_cache_knows_the_comparison_model_that_teaches(lab, config):
     assert {"lattice.py", "frozen.py", "promptmm.py"} <= files
 
 
+@pytest.mark.parametrize("name", ["scaled", "teachers_for", "per_user"])
+def test_the_cache_knows_what_the_lab_adds_to_a_model(name, lab, config, monkeypatch):
+    digest, source = laboratory.code_digest.__wrapped__, inspect.getsource
+    files = laboratory.sources("PromptMM")
+
+    def changed(function) -> str:
+        text = source(function)
+        return text + "    1 + 1\n" if function.__name__ == name else text
+
+    before = digest(files)
+    monkeypatch.setattr(inspect, "getsource", changed)
+    assert digest(files) != before == laboratory.code_digest(files)
+
+
 def test_what_a_finished_part_depends_on(lab, monkeypatch):
     """Seeds, what was asked, and every file that experiments are made of."""
     lab, part = dataclasses.replace(lab, seeds=0), PARTS["table5"]
