@@ -69,8 +69,8 @@ def first_run(lab: Lab) -> Output:
     metrics = data.read_json(folder / "metrics.json", "test", "seconds", sealed=True)
     seconds = sum(metrics["seconds"].values())
     text = (
-        f"{seconds:.1f} s of training, validation aside ({metrics['device']}, {torch.get_num_threads()} "
-        f"threads); it prints:\n\n{fence(ladder(metrics))}"
+        f"{seconds:.1f} s of training, validation aside ({metrics['device']}, "
+        f"{torch.get_num_threads()} threads); it prints:\n\n{fence(ladder(metrics))}"
     )
     return Output(f"The main job on {lab.dataset.name}", [metrics], text)
 
