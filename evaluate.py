@@ -314,19 +314,19 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     # A user without a difference adds nothing: draw how many others come up, then which.
     gaps = difference[difference != 0]
     many = rng.binomial(difference.size, gaps.size / difference.size, draws)
-    drawn = [gaps[rng.integers(gaps.size or 1, size=n)].sum() for n in many]
+    drawn = [gaps[rng.integers(gaps.size, size=n)].sum() for n in many]
     means = np.array(drawn) / difference.size  # [draws]
     means += _seed_draws(a, draws, rng) - _seed_draws(b, draws, rng)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
     one_sided = min((means <= 0).mean(), (means >= 0).mean())
     p_bootstrap = np.clip(2 * one_sided, 1 / draws, 1)
     wilcoxon = stats.wilcoxon(difference).pvalue if gaps.size else 1.0
     return {
         "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
-        "p_bootstrap": p_bootstrap,
-        "p_wilcoxon": wilcoxon,
+        "low": low,
+        "high": high,
+        "p_bootstrap": float(p_bootstrap),
+        "p_wilcoxon": float(wilcoxon),
         "seeds_drawn": min(len(a), len(b)) > 1,
     }
 
