@@ -311,3 +311,11 @@ def test_the_commands_of_a_page_run(page, tiny, tmp_path, monkeypatch, capsys):
     for example in blocks(page, "python"):
         exec(example, {})
         assert "recall@2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", publish.PAGES)
+def test_every_table_on_a_page_has_its_end(page):
+    """A lost end mark would swallow the text up to the next one's."""
+    text = (ROOT / page).read_text()
+    marks = re.findall(r"<!-- (results/\S+|end) -->", text)
+    assert len(marks) % 2 == 0 and set(marks[1::2]) <= {"end"} and "end" not in marks[::2]
