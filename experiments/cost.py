@@ -84,8 +84,11 @@ def table6(lab: Lab) -> Output:
         data.save(lab.dataset, native)
     job = Job("PromptMM", full)
     shown = some(lab, COSTS, 2)
-    others = [model for model in shown if model in OTHERS]
-    brief = {model: Job(model, briefly(settings(lab, model))) for model in others}
+    brief = {
+        model: Job(model, briefly(settings(lab, model)))
+        for model in OTHERS
+        if model in shown
+    }
     learn_all(lab, "Table 6", [job, *brief.values()])
     folders = dict.fromkeys(STAGES, lab.folder(*job))
     folders["teacher"] = lab.folder("Teacher", full)
