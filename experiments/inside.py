@@ -191,8 +191,8 @@ def useless_teachers(lab: Lab, seeds: int) -> Finding:
         more = teachers | {"noise": noise, "mf": worse}
         for name, weight in (("weighted", 1.0), ("uniform", 0.0)):
             config = replace(job.config, confidence=weight, consistency=weight)
-            pairs = [trained_with(lab, config, PRMKD, pool) for pool in (teachers, more)]
-            before, after = (recall_on_test(lab, pair) for pair in pairs)
+            before = judge(lab, NAME_PRM, config)["recall@20"].mean()  # a row of P-2
+            after = recall_on_test(lab, trained_with(lab, config, PRMKD, more))
             lost[name].append(before - after)
     rows = [{"weights": k, "Recall@20 lost": spread(v)} for k, v in lost.items() if v]
     found = by_seeds(np.subtract(lost["uniform"], lost["weighted"])) if rows else "no"
