@@ -188,7 +188,7 @@ def parse(argv: list[str]) -> Namespace:
         "--tries", type=int, default=16, help="of tune, a model (default: 16)"
     )
     parser.add_argument(
-        "--models", default="", help="of tune and table4: these alone, A,B,…"
+        "--models", default="", help="of tune and table4: these, A,B,…; others stay"
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="models trained side by side, a thread each"

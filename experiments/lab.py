@@ -615,22 +615,27 @@ def compare(
         if name != reference:
             row |= significance(found, values[reference])
         table.append(row | {"gain": gains(found, values[reference])})
-    for key in TESTED:
-        tested = [row for row in table if key in row]
-        adjusted = holm([row[key] for row in tested])
-        for row, p in zip(tested, adjusted, strict=True):
-            row |= {f"{key}_single": row[key], key: p}
+    adjust(table, *TESTED)
     return table
 
 
+def adjust(table: list[dict], *keys: str) -> None:
+    """p, by key, becomes Holm's over the rows that have one; p_single: of the row alone."""
+    for key in keys:
+        single = f"{key}_single"
+        tested = [row for row in table if key in row]
+        adjusted = holm([row.setdefault(single, row[key]) for row in tested])
+        for row, p in zip(tested, adjusted, strict=True):
+            row[key] = p
+
+
 def p_against(lab: Lab, runs: dict[str, list[Job]], reference: str) -> dict[str, float]:
-    """p of Recall@20 of each trained row against one of them, Holm's over the others."""
+    """p of Recall@20 of each trained row against one of them, not adjusted."""
     values = {}  # of each row [seeds, users]
     for name, jobs in runs.items():
         values[name] = np.stack([judge(lab, *one)["recall@20"] for one in jobs])
     base = values.pop(reference)
-    tests = [paired_test(found, base)["p_bootstrap"] for found in values.values()]
-    return dict(zip(values, holm(tests), strict=True))
+    return {name: paired_test(found, base)["p_bootstrap"] for name, found in values.items()}
 
 
 def holm(p_values: list[float]) -> list[float]:

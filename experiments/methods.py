@@ -13,6 +13,7 @@ from experiments.comparison import GROUPS, by_group, by_popularity
 from experiments.lab import (
     Job,
     Lab,
+    adjust,
     compare,
     each_alone,
     embeddings,
@@ -74,6 +75,7 @@ def methods(lab: Lab, seeds: int) -> Output:
     found = p_against(lab, {name: seeded(jobs[name], seeds) for name in FOUR}, "PromptMM")
     for row in rows:
         row |= {"p_promptmm": found[row["model"]]} if row["model"] in found else {}
+    adjust(rows, "p_promptmm")
     served = same_size(lab, jobs)
     note = (
         f"{protocol(jobs['PromptMM'].config, seeds)}; {PAIRED}, which are the four methods "

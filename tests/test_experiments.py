@@ -726,7 +726,52 @@ def test_table_4_of_some_models(embedded):
     assert "--models BM3,NGCF" in table["command"]
     tested = [row for row in table["rows"] if row["model"] != "PromptMM"]
     assert all(0 < row["p_promptmm"] <= 1 for row in tested)
-    assert rows["PromptMM"]["p_promptmm"] == ""
+    assert "p_promptmm" not in rows["PromptMM"]
+
+
+def test_table_4_model_by_model_is_the_table_of_all_of_them(embedded):
+    """A model that is added later keeps the others' rows; Holm's p are over all of them."""
+    file = embedded / "synthetic" / "table4.json"
+    tables = {}
+    for models in ("VBPR", "NGCF", "NGCF,VBPR"):
+        if "," in models:
+            file.unlink()
+        argv = ["table4", "--quick", "--seeds", "2", "--models", models]
+        assert main([*argv, "--out", str(embedded)]) == 0
+        tables[models] = json.loads(file.read_text())
+    assert tables["NGCF"]["rows"] == tables["NGCF,VBPR"]["rows"]
+    assert "trained before this: VBPR" in tables["NGCF"]["protocol"]
+    assert "trained before" not in tables["NGCF,VBPR"]["protocol"]
+    rows = tables["NGCF"]["rows"]
+    kept = next(row for row in rows if row["model"] == "VBPR")
+    kept |= dict.fromkeys(("p_single", "p_ndcg_single", "p_promptmm_single"), 1e-4)
+    file.write_text(json.dumps(tables["NGCF"]))
+    assert main([*argv[:-1], "NGCF", "--out", str(embedded), "--force"]) == 0
+    found = json.loads(file.read_text())["rows"]
+    kept = next(row for row in found if row["model"] == "VBPR")
+    for key in ("p", "p_ndcg", "p_promptmm"):  # the least of all: times their number
+        assert kept[key] == pytest.approx(1e-4 * (len(rows) - 1))
+
+
+def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch):
+    """And of what a comparison model taught only the best one's student."""
+    found = {"LightGCN": 0.2, "VBPR": 0.1, "BM3, distilled": 0.2, "FREEDOM, distilled": 0.3}
+    old = [
+        {"model": name, "recall@20": laboratory.spread([r])} for name, r in found.items()
+    ]
+    file = lab.out / lab.dataset.name / "table4.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(comparison, "rivals", lambda _: ["FREEDOM", "BM3"])
+
+    def kept(reached: float, fingerprint: str = lab.fingerprint) -> list[str]:
+        file.write_text(json.dumps({"rows": old, "fingerprint": fingerprint}))
+        fresh = [{"model": "LightGCN", "recall@20": laboratory.spread([reached])}]
+        return [row["model"] for row in comparison.kept_rows(lab, fresh)]
+
+    assert kept(0.2001) == ["VBPR", "FREEDOM, distilled"]
+    assert kept(0.2001, "of other data") == []
+    with pytest.raises(data.DataError, match="expected LightGCN at 0.2000 .* found 0.2010"):
+        kept(0.201)
 
 
 def of_today(row: dict) -> bool:
