@@ -129,11 +129,11 @@ class Links(NamedTuple):
 
     rows: Tensor  # [n], ascending
     columns: Tensor  # [n]
-    start: Tensor  # where each row begins [I + 1]
+    start: Tensor  # where each row begins [rows + 1]
 
 
 def starts(count: Tensor) -> Tensor:
-    """Where each row begins, and the end, of how many links each has: [I] -> [I + 1]."""
+    """Where each row begins, and the end, of how many links each has: [n] -> [n + 1]."""
     return F.pad(count.cumsum(0), (1, 0))
 
 
@@ -182,7 +182,7 @@ def normalised(links: Links, weight: Tensor, degree: Tensor) -> Tensor:
 
 
 def read(links: Links, weight: Tensor, item: Tensor) -> Tensor:
-    """Σ_j s_ij item_j, with a gradient for weights [n] and item [I, d] -> [I, d]."""
+    """Σ_j s_ij x_j, with a gradient for weights [n] and x [columns, d] -> [rows, d]."""
     return F.embedding_bag(
         links.columns,
         item,

@@ -10,8 +10,8 @@ from promptmm import Config, Device, Losses, Student, student_terms
 class LightGCN(Student):
     """Eq. 2 trained by Eq. 13 alone.
 
-    Against its paper: layers weigh 1 / (L + 1), as there; ‖Θ‖² is on the batch's layer-0
-    rows, a mean (errata P8); every edge is visited once an epoch (errata C26).
+    Against its paper: ‖Θ‖² is on the batch's layer-0 rows, a mean (errata P8); every edge
+    is visited once an epoch (errata C26).
     """
 
     Settings = Config

@@ -82,6 +82,7 @@ class SLMRec(Student):
         cosine = F.normalize(user, dim=1) @ F.normalize(item, dim=1).T  # [B, B]
         terms = {"softmax": matched(cosine / self.config.temperature)}
         if self.config.weight_content:
+            # On a GPU the host waits here: how many are distinct sizes what follows.
             loss = self.contrast(all_items, items[:CONTRASTED].unique())
             terms["contrast"] = self.config.weight_content * loss
         rows = self.user.index_select(0, users), self.item.index_select(0, items)

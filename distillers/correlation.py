@@ -193,7 +193,7 @@ class KDSR:
         return item[start[users] + place.minimum(count - 1)]
 
     def pairs(self, users: Tensor, lists: Tensor) -> Pair:
-        """KDSR.7: P pairs of one user's history, and P uniform ones: [2P] twice (S1)."""
+        """KDSR.7: min(P, B) pairs of one user's history and P uniform ones, twice (S1)."""
         n, n_items = self.config.pairs, len(self.student.item)
         first = torch.randint(n_items, (n,), device=users.device)
         beyond = torch.randint(1, max(2, n_items), (n,), device=users.device)
@@ -204,8 +204,8 @@ class KDSR:
     def terms(self, student_user, student_item, logits, users, lists: Tensor) -> Losses:
         """KDSR.10 beyond BPR and ‖Θ‖²; each λ scales its own term only (S2)."""
         config, table = self.config, self.student.item
-        i, j = self.pairs(users, lists)  # [2P] each
-        a, b = table.index_select(0, i), table.index_select(0, j)  # [2P, d]
+        i, j = self.pairs(users, lists)  # [n] each
+        a, b = table.index_select(0, i), table.index_select(0, j)  # [n, d]
         holistic, dissected = [], []
         for one in self.modalities:
             (content, relations), valid = one.correlations(i, j), one.valid(i, j)

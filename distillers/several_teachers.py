@@ -19,7 +19,8 @@ The tables say "PRM-KD (ours after 002)"; the ids R1-R8 are in docs/differences.
 is distilling from one mixture, and all that the weights do is choose it.
 
 The summary leaves the lists open (R5), so they are PromptMM's: an observed item, a random
-one, and of the joint teacher's best items (`list_items`), or all random.
+one, and of the joint teacher's best items (`list_items`), or all random. σ_t of PRM.1 is
+measured on random ones (R3).
 """
 
 import math
