@@ -53,6 +53,13 @@ NO_CONTENDERS = ("NGCF", "VBPR", "MMGCN", "GRCN", "CLCRec")
 FEW = 3  # seeds of these
 SAME = 5e-4  # of LightGCN's Recall@20: other machines add up in another order
 LADDER = ("MostPop", "LightGCN", FUSED, "Teacher", "PromptMM")
+HOW = (  # Table 4 was made
+    f"{PAIRED}; p to PromptMM: the same, of Recall@20; tries: settings tried on validation "
+    "by the same search (tune.md; PromptMM begins as the best LightGCN, and its teacher's "
+    "tries are its own too), none: defaults; distilled: PromptMM's student and lists under "
+    "the comparison model with content that is best on validation; none of the paper's own "
+    "figures are about these data, so none stand beside"
+)
 GROUPS = {  # by training interactions of an item: from, to below
     "never": (0, 1),
     "1-3": (1, 4),
@@ -93,17 +100,10 @@ def table3(lab: Lab) -> Output:
 def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     """Comparison under one protocol: the paper's models, two of later years, the ladder.
 
-    Last, where there was a search: PromptMM's student under the best comparison model.
-    models: of the comparison models these alone, comma-separated, beside the two without
-    content; else those that the data's search has seen, and all where there was none. Rows
-    of other models stay as they were published, with p by Holm over all rows.
+    models: of the comparison models these alone, comma-separated; rows of others stay as
+    they were published, with p by Holm over all rows.
     """
-    named = known(models, MODELS) if models else search(lab).get("best", MODELS)
-    chosen = {*PLAIN, *named}
-    shown = [name for name in names(lab) if name in chosen or name not in MODELS]
-    taught_by = [rival for rival in rivals(search(lab)) if rival in chosen]
-    shown += [f"{rival}{DISTILLED}" for rival in taught_by[:1]]
-    jobs = {model: Job(model, settings(lab, model)) for model in shown}
+    jobs = compared(lab, models)
     counts = {model: seeds_of(model, seeds) for model in jobs}
     rows = compare(lab, "Table 4", jobs, counts, REFERENCE)
     every = {model: seeded(job, counts[model]) for model, job in jobs.items()}
@@ -117,24 +117,30 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     kept = kept_rows(lab, rows) if models else []
     rows = in_order(lab, rows + kept)
     adjust(rows, *TESTED, "p_promptmm")
-    note = (
-        f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so; "
-        f"{PAIRED}; p to PromptMM: the same, of Recall@20; tries: settings tried on "
-        "validation by the same search (tune.md; PromptMM begins as the best LightGCN, and "
-        "its teacher's tries are its own too), none: defaults; distilled: PromptMM's "
-        "student and lists under the comparison model with content that is best on "
-        "validation; none of the paper's own "
-        "figures are about these data, so none stand beside"
-    )
+    note = f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so; {HOW}"
     if kept:
         note += f"; trained before this: {', '.join(row['model'] for row in kept)}"
-    title = f"Table 4. Comparison on {lab.dataset.name}, test split"
-    more = {"p_promptmm": "p to PromptMM (R)", "seeds": "seeds", "tried": "tries"}
     weights = weights_of(lab, every["Teacher"])
+    more = {"p_promptmm": "p to PromptMM (R)", "seeds": "seeds", "tried": "tries"}
     table = ranking_table(rows, REFERENCE, more)
     text = f"{table}\n\n{weights_line('Teacher', weights)}"
+    title = f"Table 4. Comparison on {lab.dataset.name}, test split"
     extra = {"weights": weights, "fingerprint": lab.fingerprint}
     return Output(title, rows, text, note, extra=extra)
+
+
+def compared(lab: Lab, models: str) -> dict[str, Job]:
+    """The rows: the ladder, two models without content, and those that are named.
+
+    None named: those that the data's search has seen, and all where there was none. Last,
+    where there was a search: PromptMM's student under the best comparison model.
+    """
+    named = known(models, MODELS) if models else search(lab).get("best", MODELS)
+    chosen = {*PLAIN, *named}
+    shown = [name for name in names(lab) if name in chosen or name not in MODELS]
+    taught_by = [rival for rival in rivals(search(lab)) if rival in chosen]
+    shown += [f"{rival}{DISTILLED}" for rival in taught_by[:1]]
+    return {model: Job(model, settings(lab, model)) for model in shown}
 
 
 def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
