@@ -954,10 +954,8 @@ def guarded(command: Callable[[list[str]], None], argv: list[str] | None, hint: 
     status, line = 0, ""
     try:
         _check_words(words)
-        try:
-            command(words)
-        finally:
-            print(end="", flush=True)  # at exit, a full disk would be Python's to report
+        command(words)
+        print(end="", flush=True)  # at exit, a full disk would be Python's to report
     except (Exception, KeyboardInterrupt) as error:
         if "--traceback" in words:
             traceback.print_exc()

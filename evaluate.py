@@ -52,25 +52,28 @@ def evaluate(
             raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
     if not (user.isfinite().all() and item.isfinite().all()):
         raise FloatingPointError("the embeddings became NaN or infinite")
-    users = np.flatnonzero(np.diff(target.indptr))  # [n]
-    if not len(users):
+    if not target.nnz:
         raise ValueError("target: expected at least one interaction, found none")
-    longest = min(max(ks), len(item))
-    [hits] = _hits([(user, item)], [[1.0]], target, exclude, users, longest)  # [n, longest]
-    targets = np.diff(target.indptr)[users]  # |T_u| [n]
-    values = metrics(hits, targets, ks)
+    users, [values] = _judged([(user, item)], [[1.0]], target, exclude, ks)
     means = {name: float(value.mean()) for name, value in values.items()}
     return {**means, "users": users, "per_user": values} if per_user else means
 
 
-def _hits(
-    pairs: list[Pair], sums: list[list[float]], target, exclude, users: np.ndarray, k: int
-) -> list[np.ndarray]:
-    """Which ranks of users' [n] lists hold a target: bool [n, k], for each of `sums`.
+def _judged(
+    pairs: list[Pair],
+    sums: list[list[float]],
+    target: sparse.csr_matrix,
+    exclude: sparse.csr_matrix,
+    ks: tuple[int, ...],
+) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+    """The users who have a target [n], and their metrics [n] by name for each of `sums`.
 
     sums: weighted sums of the rankings, whose scores are computed once.
     """
+    targets = np.diff(target.indptr)  # |T_u| [U]
+    users = np.flatnonzero(targets)  # [n]
     n_items = target.shape[1]
+    longest = min(max(ks), n_items)
     chunk = max(1, CHUNK_SCORES // (n_items * len(pairs)))
     hits: list[list[Tensor]] = [[] for _ in sums]
     for start in range(0, len(users), chunk):
@@ -78,16 +81,17 @@ def _hits(
         device = pairs[0][0].device
         index = torch.from_numpy(rows).to(device)
         scores = [user[index] @ item.T for user, item in pairs]  # of each [c, I]
-        seen, wanted = (_cells(matrix, rows, device) for matrix in (exclude, target))
+        seen = _cells(exclude, rows, device)
         relevant = torch.zeros_like(scores[0], dtype=torch.bool)  # [c, I]
-        relevant[wanted] = True
+        relevant[_cells(target, rows, device)] = True
         for found, weights in zip(hits, sums, strict=True):
             total = _weighted(scores, weights)  # [c, I]
             total[seen] = -torch.inf
-            values, best = top_items(total, k)
+            values, best = top_items(total, longest)
             # An item that is excluded is no hit.
             found.append(relevant.gather(-1, best) & (values > -torch.inf))
-    return [torch.cat(found).cpu().numpy() for found in hits]
+    lists = [torch.cat(found).cpu().numpy() for found in hits]  # [n, longest] each
+    return users, [metrics(found, targets[users], ks) for found in lists]
 
 
 def _weighted(scores: list[Tensor], weights: list[float]) -> Tensor:
@@ -205,10 +209,8 @@ def recalls(
     val: sparse.csr_matrix,
 ) -> list[float]:
     """Validation Recall@20 of each weighted sum of the rankings."""
-    users = np.flatnonzero(np.diff(val.indptr))  # [n]
-    targets = np.diff(val.indptr)[users]  # |T_u| [n]
-    every = _hits(pairs, sums, val, train, users, min(20, val.shape[1]))
-    return [float(metrics(hits, targets, (20,))["recall@20"].mean()) for hits in every]
+    _, every = _judged(pairs, sums, val, train, (20,))
+    return [float(found["recall@20"].mean()) for found in every]
 
 
 def _gain(curve: list[float]) -> tuple[float, float]:
@@ -262,9 +264,8 @@ def best_unobserved(
     items, scores = [], []
     for start in range(0, len(user), chunk):
         logits = user[start : start + chunk] @ item.T  # [c, I]
-        rows, columns = train[start : start + chunk].nonzero()
-        seen = torch.from_numpy(rows), torch.from_numpy(columns)
-        logits[tuple(ids.long().to(logits.device) for ids in seen)] = -torch.inf
+        rows = np.arange(start, start + len(logits))
+        logits[_cells(train, rows, logits.device)] = -torch.inf
         values, index = logits.topk(n)  # [c, n]
         left = values > -torch.inf
         items.append(torch.where(left, index, index[:, :1]))

@@ -41,7 +41,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os.path import realpath
 from pathlib import Path
@@ -94,7 +94,6 @@ of_both = partial(setting, of="both")
 of_teacher = partial(setting, of="teacher")
 of_student = partial(setting, of="student")
 of_kd = partial(setting, of="distillation")
-of_run = partial(setting, of="run")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,9 @@ class Config:
     )
     patience_teacher: int = of_teacher(3, "the teacher's (ours)", low=1)
     seed: int = of_both(0, "of all that is random in training (ours)")
-    mask: str = of_run("all", "unranked at test: train + val, or train", ("all", "train"))
+    mask: str = setting(
+        "all", "unranked at test: train + val, or train", ("all", "train"), of="run"
+    )
 
     def __post_init__(self):
         """Refuse what cannot work."""
@@ -293,15 +294,16 @@ class Teacher(nn.Module):
         self.filled = {m: x.any(1, keepdim=True) for m, x in self.features.items()}
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
         self.graph = Graph(dataset.train, device)
-        n_users, n_items = dataset.train.shape
-        user, item = lightgcn or (torch.zeros(n, config.dim) for n in (n_users, n_items))
+        shape = dataset.train.shape
+        user, item = lightgcn or (torch.zeros(n, config.dim) for n in shape)
         self.register_buffer("user", user)
         self.register_buffer("item", item)
-        self.register_buffer("weights", torch.ones(len(eta)))  # until `weigh`
         self.to(device)
+        # On the host, whatever the device: Python reads them at each step of stage 2.
+        self.register_buffer("weights", torch.ones(len(eta)))  # until `weigh`
         with torch.no_grad():
-            content = {m: layer.xw * self.filled[m] for m, layer in self.fixed().items()}
-            self.size = {m: spread(*self.smooth(f)) for m, f in content.items()}
+            layers = self.fixed()  # X W: a row without content is zero there
+            self.size = {m: spread(*self.smooth(layer.xw)) for m, layer in layers.items()}
 
     def begin(self, x: Tensor) -> Tensor:
         """Add a W^m at the principal directions of x^m [I, d_m]; returns η(x^m) [I, d]."""
@@ -542,16 +544,14 @@ def kd_terms(
     tau = config.temperature
     joint = encoded.teacher_user, encoded.teacher_item
     prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
-    anchored = prompt_is_tuned and config.weight_anchor > 0
-    listed = config.lambda_list > 0
-    by_joint = listed and config.list_from != "modal"
     if taught is None:
-        taught = scores(*joint, users, lists if by_joint else lists[:, :2])  # y^T [B, K]
+        taught = scores(*joint, users, lists)  # y^T [B, K]
     if config.lambda_pair:
         loss = pair_kd(margin(logits), margin(taught), tau)
         terms["pair_kd"] = config.lambda_pair * loss
-    if listed:
-        told = [taught] if by_joint else []  # y^T of E^T, y^m of each modality  [B, K]
+    if config.lambda_list:
+        # y^T of E^T, y^m of each modality  [B, K]
+        told = [] if config.list_from == "modal" else [taught]
         if config.list_from != "joint":
             told += modal_scores(encoded, users, lists)
         losses = [list_kd(logits, y, config.alpha, config.beta, tau) for y in told]
@@ -565,7 +565,7 @@ def kd_terms(
             target = item.index_select(0, drawn)  # F_i^m [sample, d_T]
             losses.append(embed_kd(linear(own), target, config.gamma))
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
-    if anchored:
+    if prompt_is_tuned and config.weight_anchor:
         terms["prompt_anchor"] = config.weight_anchor * bpr_loss(taught[:, 0], taught[:, 1])
     return terms
 
@@ -782,11 +782,9 @@ class Distillation:
 
     def terms(self, student: Student, users: Tensor, pairs: Tensor) -> Losses:
         """Eq. 12 on a batch, by term: users [B] and their lists, which begin as `pairs`."""
-        if not self.encode:
-            return student_terms(student, self.config, None, users, pairs)
-        encoded = self.encode()
+        encoded = self.encode() if self.encode else None
         lists, taught = pairs, None
-        if self.from_top:
+        if encoded and self.from_top:
             items, told = self.draw(users)
             lists = torch.cat([pairs, items], dim=1)  # [B, 2 + K - 1]
             if not encoded.teacher_item.requires_grad:  # `told` are today's logits
@@ -837,7 +835,8 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     teacher.eval().requires_grad_(False)
     if teacher.knows_no_more():
         return None
-    fixed = teacher.fixed()
+    weights = teacher.modality_weights()
+    fixed = {m: layer for m, layer in teacher.fixed().items() if weights[m]}
     first = teacher(fixed)
     size = spread(*first[:2])
     sizes = {m: spread(user, first.item_modal[m]) for m, user in first.user_modal.items()}
@@ -888,12 +887,12 @@ def pipeline(run: Run) -> dict:
         beside = replace(run, config=run.lightgcn or config)
         ranked["alone"] = train_student(beside, "alone")
         teacher = train_teacher(run, ranked["alone"])
-        ranked["teacher"] = _encode(teacher)[:2]
+        ranked["teacher"] = teacher()[:2]
     ranked["student"] = train_student(run, "student", teacher)
     _save_student(run, *ranked["student"])
     if teacher and teacher.prompt.weight.requires_grad:
         write(run.folder / "prompt.pt", partial(torch.save, teacher.prompt.state_dict()))
-        ranked["teacher_tuned"] = _encode(teacher)[:2]
+        ranked["teacher_tuned"] = teacher.requires_grad_(False)()[:2]
     metrics = _judge(run, ranked)
     metrics["parameters"] = _sizes(ranked["student"], teacher)
     if teacher:
@@ -910,11 +909,6 @@ def pipeline(run: Run) -> dict:
     for name in WORKING_FILES:
         (run.folder / name).unlink(missing_ok=True)
     return metrics
-
-
-def _encode(teacher: Teacher) -> Encoded:
-    with torch.no_grad():
-        return teacher()
 
 
 def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
@@ -1063,12 +1057,9 @@ def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Co
     """Settings from preset, stored run, --quick and flags; the later ones win."""
     name = args.preset or ("" if source else "synthetic")
     quick = {"epochs": 2, "eval_every": 1} if args.quick else {}
-    flags = vars(args) | (NO_TEACHER if args.student_only else {})
-    merged: dict = {}
-    for given in (presets.get(name, {}), stored, quick, flags):
-        merged |= given
-    names = {one.name for one in fields(Config)}
-    return Config(**{name: value for name, value in merged.items() if name in names})
+    alone = NO_TEACHER if args.student_only else {}
+    given = presets.get(name, {}) | stored | quick | vars(args) | alone
+    return Config(**{key: given[key] for key in vars(Config()) if key in given})
 
 
 def _same_run(folder: Path, facts: dict, stored: dict) -> None:

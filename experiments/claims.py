@@ -42,10 +42,10 @@ def verdict(outcomes: dict[str, str]) -> str:
         return "not asked of real data"
     if len(holds) == len(REAL):
         return "survives"
+    if against and not holds:
+        return "refuted"
     words = [f"survives on {name}" for name in holds]
-    words += [f"refuted on {name}" for name in against if holds] or ["refuted"] * bool(
-        against
-    )
+    words += [f"refuted on {name}" for name in against]
     return ", ".join(words) or "not reproduced"
 
 
@@ -59,12 +59,12 @@ def asked(lab: Lab, question: Question, seeds: int) -> Finding:
     by_name = {row["model"]: row for row in rows}
     text = ranking_table(rows, question.reference)
     if question.name == "D-4":
-        text += "\n\n" + codes_learnt(lab, jobs, seeds)
+        text += "\n\n" + codes_learnt(lab, jobs)
     found = question.judge(lab, by_name)
     return Finding(question.name, question.text, rows, text, found)
 
 
-def codes_learnt(lab: Lab, jobs: dict[str, Job], seeds: int) -> str:
+def codes_learnt(lab: Lab, jobs: dict[str, Job]) -> str:
     """The dissected loss at the end beside the codes' entropy: at it, nothing is taught."""
     job = seeded(jobs[f"{KDSR}, L as found"], 1)[0]
     weight = job.config.lambda_dissected

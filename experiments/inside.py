@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +109,11 @@ def modes(lab: Lab, seeds: int) -> Finding:
 
 
 class Watched(CKD):
-    """CKD that keeps the mean w_m of each epoch."""
+    """CKD that writes down w_m [M], the mean of each step, in a list for each epoch."""
 
-    def __init__(self, run: Run, student: Student, teachers):
+    def __init__(self, run: Run, student: Student, teachers, log: list[list[Tensor]]):
         super().__init__(run, student, teachers)
-        self.log: list[list[Tensor]] = []
+        self.log = log
 
     def each_epoch(self):
         self.log.append([])
@@ -130,14 +131,9 @@ def weights_by_epoch(lab: Lab, seeds: int) -> Finding:
         teachers = teachers_for(lab, job)
         if not teachers:
             continue
-        made: list[Watched] = []
-
-        def method(*arguments, made=made):
-            made.append(Watched(*arguments))
-            return made[0]
-
-        trained_with(lab, job.config, method, teachers)
-        by_epoch = torch.stack([torch.stack(one).mean(0) for one in made[0].log])  # [e, M]
+        log: list[list[Tensor]] = []
+        trained_with(lab, job.config, partial(Watched, log=log), teachers)
+        by_epoch = torch.stack([torch.stack(steps).mean(0) for steps in log])  # [epochs, M]
         for n, m in enumerate(teachers):
             alone = recall_on_test(lab, teachers[m])
             first, last = (float(by_epoch[e, n]) for e in (0, -1))

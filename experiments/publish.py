@@ -139,8 +139,12 @@ def command(lab: Lab, name: str, flags: list[str]) -> str:
     if lab.source:
         words.append(f"--data {Path(lab.source).name}")
     words += flags
-    words += [f"--jobs {lab.side_by_side}"] * (lab.side_by_side > 1)
-    words += ["--quick"] * lab.quick + ["--keep"] * lab.keep
+    if lab.side_by_side > 1:
+        words.append(f"--jobs {lab.side_by_side}")
+    if lab.quick:
+        words.append("--quick")
+    if lab.keep:
+        words.append("--keep")
     return " ".join(words)
 
 

@@ -12,6 +12,12 @@ from experiments.methods import ALONE, FOUR, START, content_start
 
 CKD, PRM, KDSR = FOUR[1:]
 SINGLE = ("joint", "modal", "lightgcn", "spectral")
+WEIGHTED = {  # PRM-KD's weights of confidence and of consistency
+    "uniform": (0.0, 0.0),
+    "confidence only": (1.0, 0.0),
+    "consistency only": (0.0, 1.0),
+    "both": (1.0, 1.0),
+}
 
 
 def outcome(row: dict, reference: dict, sign: int = 1) -> str:
@@ -86,13 +92,11 @@ def main_rows(lab: Lab) -> dict[str, Job]:
 
 def weighted(lab: Lab) -> dict[str, Job]:
     full = settings(lab, PRM)
-    kinds = {"uniform": (0.0, 0.0), "confidence only": (1.0, 0.0)}
-    kinds |= {"consistency only": (0.0, 1.0), "both": (1.0, 1.0)}
-    named = ("confidence", "consistency")
-    return {
-        name: Job(PRM, replace(full, **dict(zip(named, values, strict=True))))
-        for name, values in kinds.items()
-    }
+    jobs = {}
+    for name, (confidence, consistency) in WEIGHTED.items():
+        config = replace(full, confidence=confidence, consistency=consistency)
+        jobs[name] = Job(PRM, config)
+    return jobs
 
 
 def kdsr_parts(lab: Lab) -> dict[str, Job]:

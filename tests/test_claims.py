@@ -1,6 +1,7 @@
 """The table of methods and the claims about them: rules, controls, and what is inside."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -74,19 +75,14 @@ def test_watched_weights_are_ckds_own(tiny, tmp_path):
         dim=8, batch=128, epochs=2, eval_every=1, pairs_generic=20
     )
     teachers = {m: (torch.randn(60, 5), torch.randn(40, 5)) for m in tiny.features}
-    made, pairs = [], []
-    for name, kind in (("a", METHODS["CKD"]), ("b", Watched)):
+    log, pairs = [], []
+    for name, kind in (("a", METHODS["CKD"]), ("b", partial(Watched, log=log))):
         (tmp_path / name).mkdir()
         run = Run(tmp_path / name, tiny, settings_, torch.device("cpu"), {})
-
-        def method(*arguments, kind=kind):
-            made.append(kind(*arguments))
-            return made[-1]
-
-        pairs.append(laboratory.distillers.common.train(run, method, teachers))
+        pairs.append(laboratory.distillers.common.train(run, kind, teachers))
     assert torch.equal(pairs[0][0], pairs[1][0])
-    assert len(made[1].log) == 2
-    for epoch in made[1].log:
+    assert len(log) == 2
+    for epoch in log:
         assert torch.allclose(torch.stack(epoch).mean(1), torch.ones(len(epoch)))
 
 

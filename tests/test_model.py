@@ -370,6 +370,24 @@ def test_a_modality_of_weight_zero_takes_no_part(tiny, config):
     assert user.shape[1] == item.shape[1] == 8
 
 
+def test_stage_two_reduces_what_weighs_anything_alone(tiny, config, monkeypatch):
+    """With a tuned prompt Eq. 4 is computed at each step: not for a weight of zero."""
+    config = dataclasses.replace(config, tune_prompt=True)
+    teacher = Teacher(tiny, config)
+    teacher.weights.copy_(torch.tensor([0.0, 0.5]))
+    encode = stage_two(teacher, config)
+    reduced = []
+    whole = Teacher.reduce
+
+    def watched(self, m, *rest):
+        reduced.append(m)
+        return whole(self, m, *rest)
+
+    monkeypatch.setattr(Teacher, "reduce", watched)
+    encode()
+    assert reduced == list(tiny.features)[1:]
+
+
 def test_an_item_that_was_never_trained_is_reached_by_its_content(tiny, config):
     """Its ids say nothing; its content lets it into a list, high up where it fits."""
     never = np.flatnonzero(np.asarray(tiny.train.sum(0)).ravel() == 0)
