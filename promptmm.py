@@ -892,7 +892,8 @@ def pipeline(run: Run) -> dict:
     _save_student(run, *ranked["student"])
     if teacher and teacher.prompt.weight.requires_grad:
         write(run.folder / "prompt.pt", partial(torch.save, teacher.prompt.state_dict()))
-        ranked["teacher_tuned"] = teacher.requires_grad_(False)()[:2]
+        teacher.requires_grad_(False)
+        ranked["teacher_tuned"] = teacher()[:2]
     metrics = _judge(run, ranked)
     metrics["parameters"] = _sizes(ranked["student"], teacher)
     if teacher:

@@ -181,11 +181,11 @@ def normalised(links: Links, weight: Tensor, degree: Tensor) -> Tensor:
     return weight * scale.index_select(0, links.rows) * scale.index_select(0, links.columns)
 
 
-def read(links: Links, weight: Tensor, item: Tensor) -> Tensor:
+def read(links: Links, weight: Tensor, x: Tensor) -> Tensor:
     """Σ_j s_ij x_j, with a gradient for weights [n] and x [columns, d] -> [rows, d]."""
     return F.embedding_bag(
         links.columns,
-        item,
+        x,
         links.start,
         mode="sum",
         per_sample_weights=weight,

@@ -35,9 +35,9 @@ class Settings(Config):
 class NGCF(Student):
     """E^l = drop(LeakyReLU((E^l-1 + M) W₁ + b₁ + (E^l-1 ⊙ M) W₂ + b₂)), M = Â E^l-1.
 
-    Output [E⁰, n(E¹), …, n(E^L)], width d (L + 1), n: unit rows. As its paper prints it,
-    but for the biases: the self term is in W₁ alone (B10); layers read rows that are not
-    unit, LeakyReLU is of the sum (B11); no node dropout (B12).
+    Output [E⁰, n(E¹), …, n(E^L)], width d (L + 1), n: unit rows. As its paper prints it:
+    the self term is in W₁ alone (B10), LeakyReLU is of the sum. Biases are the released
+    code's, layers read rows that are not unit (B11); no node dropout (B12).
     """
 
     Settings = Settings

@@ -74,7 +74,8 @@ def methods(lab: Lab, seeds: int) -> Output:
     among_four(rows)
     found = p_against(lab, {name: seeded(jobs[name], seeds) for name in FOUR}, "PromptMM")
     for row in rows:
-        row |= {"p_promptmm": found[row["model"]]} if row["model"] in found else {}
+        if row["model"] in found:
+            row["p_promptmm"] = found[row["model"]]
     adjust(rows, "p_promptmm")
     served = same_size(lab, jobs)
     note = (

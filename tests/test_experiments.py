@@ -755,7 +755,8 @@ def test_table_4_model_by_model_is_the_table_of_all_of_them(embedded):
 
 def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch):
     """And of what a comparison model taught only the best one's student."""
-    found = {"LightGCN": 0.2, "VBPR": 0.1, "BM3, distilled": 0.2, "FREEDOM, distilled": 0.3}
+    found = {"LightGCN": 0.2, "PromptMM": 0.3, "VBPR": 0.1}
+    found |= {"BM3, distilled": 0.2, "FREEDOM, distilled": 0.3}
     old = [
         {"model": name, "recall@20": laboratory.spread([r])} for name, r in found.items()
     ]
@@ -763,15 +764,23 @@ def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch
     file.parent.mkdir(parents=True)
     monkeypatch.setattr(comparison, "rivals", lambda _: ["FREEDOM", "BM3"])
 
-    def kept(reached: float, fingerprint: str = lab.fingerprint) -> list[str]:
+    def kept(alone: list, taught: list, fingerprint: str = lab.fingerprint) -> list[str]:
         file.write_text(json.dumps({"rows": old, "fingerprint": fingerprint}))
-        fresh = [{"model": "LightGCN", "recall@20": laboratory.spread([reached])}]
+        reached = {"LightGCN": alone, "PromptMM": taught}
+        fresh = [
+            {"model": name, "recall@20": laboratory.spread(runs)}
+            for name, runs in reached.items()
+        ]
         return [row["model"] for row in comparison.kept_rows(lab, fresh)]
 
-    assert kept(0.2001) == ["VBPR", "FREEDOM, distilled"]
-    assert kept(0.2001, "of other data") == []
-    with pytest.raises(data.DataError, match="expected LightGCN at 0.2000 .* found 0.2010"):
-        kept(0.201)
+    assert kept([0.2001], [0.3001]) == ["VBPR", "FREEDOM, distilled"]
+    assert kept([0.2001], [0.3001], "of other data") == []
+    with pytest.raises(data.DataError, match="LightGCN .* 0.2000 of 1 .* found 0.2010"):
+        kept([0.201], [0.3])
+    with pytest.raises(data.DataError, match="PromptMM .* 0.3000 of 1 .* found 0.3010"):
+        kept([0.2], [0.301])
+    with pytest.raises(data.DataError, match="0.2000 of 1 .* found 0.2000 of 2 seeds"):
+        kept([0.2, 0.2], [0.3])
 
 
 def of_today(row: dict) -> bool:
