@@ -157,14 +157,13 @@ def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
     fresh = {row["model"]: row for row in rows}
     for name in (REFERENCE, "PromptMM"):
         was, now = (found[name]["recall@20"] for found in (old, fresh))
-        like = (
-            len(was["runs"]) == len(now["runs"]) and abs(was["mean"] - now["mean"]) < SAME
-        )
+        as_many = len(was["runs"]) == len(now["runs"])
+        as_high = abs(was["mean"] - now["mean"]) < SAME
         there, here = (
             f"{one['mean']:.4f} of {len(one['runs'])} seeds" for one in (was, now)
         )
         expected = f"{file}: expected {name} as there, {there}, found {here}"
-        need(like, f"{expected}; without --models all rows are trained anew")
+        need(as_many and as_high, f"{expected}; without --models all rows are trained anew")
     best = [f"{rival}{DISTILLED}" for rival in rivals(search(lab))[:1]]
     students = [name for name in old if name.endswith(DISTILLED) and name not in best]
     return [old[name] for name in old if name not in fresh and name not in students]
