@@ -518,8 +518,9 @@ def student_terms(
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
     terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded:
-        teacher = encoded, project, taught
-        terms |= kd_terms(config, logits, student_item, users, lists, *teacher)
+        terms |= kd_terms(
+            config, logits, student_item, users, lists, encoded, project, taught
+        )
     return terms
 
 
@@ -728,14 +729,14 @@ def _validate(run: Run, learner: nn.Module, means: dict, rank: Callable[[], Pair
 
 def _progress(row: dict, state: dict, config: Config) -> str:
     """A line for the terminal: where a stage is, and the time left at least and at most."""
-    pace = row["seconds"] / max(1, row["epoch"])
-    patience = config.patience_teacher if row["stage"] == "teacher" else config.patience
+    each = row["seconds"] / max(1, row["epoch"])
+    _, patience = pace(config, row["stage"], 0)
     most = config.epochs - row["epoch"]
     least = min(most, (patience - state["stale"]) * config.eval_every)
     where = f"{row['stage']:8}epoch {row['epoch']:4}  loss {row['loss']:.4f}"
     judged = f"validation {row['recall@20']:.4f}  best {state['recall']:.4f}"
-    left = f"left: {least * pace:.0f} to {most * pace:.0f} s"
-    return f"{where}  {judged}  {pace:.2f} s/epoch, {left}"
+    left = f"left: {least * each:.0f} to {most * each:.0f} s"
+    return f"{where}  {judged}  {each:.2f} s/epoch, {left}"
 
 
 # ------------------------------------------------------------ lists
@@ -790,8 +791,9 @@ class Distillation:
             if not encoded.teacher_item.requires_grad:  # `told` are today's logits
                 joint = encoded.teacher_user, encoded.teacher_item
                 taught = torch.cat([scores(*joint, users, pairs), told], dim=1)
-        teacher = encoded, users, lists, self.project, taught
-        return student_terms(student, self.config, *teacher)
+        return student_terms(
+            student, self.config, encoded, users, lists, self.project, taught
+        )
 
 
 # ------------------------------------------------------------ stages
@@ -808,8 +810,8 @@ def train_teacher(
     teacher = kind(run.dataset, run.config, run.device, lightgcn)
     if not load_finished(run, "teacher", teacher):
         groups = [
-            {"params": list(teacher.reduction.parameters()), "lr": run.config.lr_teacher},
-            {"params": list(teacher.prompt.parameters()), "lr": run.config.lr_prompt},
+            {"params": teacher.reduction.parameters(), "lr": run.config.lr_teacher},
+            {"params": teacher.prompt.parameters(), "lr": run.config.lr_prompt},
         ]
         terms = partial(teacher_terms, teacher)
 
@@ -837,6 +839,16 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
         return None
     weights = teacher.modality_weights()
     fixed = {m: layer for m, layer in teacher.fixed().items() if weights[m]}
+    encode = on_one_scale(teacher, fixed)
+    if config.tune_prompt and config.lambda_prompt:
+        teacher.prompt.requires_grad_(True)
+        return encode
+    encoded = encode()
+    return lambda: encoded
+
+
+def on_one_scale(teacher: Teacher, fixed: dict | None = None) -> Callable[[], Encoded]:
+    """The teacher, all logits divided by their standard deviation of now (errata P14)."""
     first = teacher(fixed)
     size = spread(*first[:2])
     sizes = {m: spread(user, first.item_modal[m]) for m, user in first.user_modal.items()}
@@ -846,11 +858,7 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
         scaled = {m: part / sizes[m] for m, part in user_modal.items()}
         return Encoded(user / size, item, scaled, item_modal)
 
-    if config.tune_prompt and config.lambda_prompt:
-        teacher.prompt.requires_grad_(True)
-        return encode
-    encoded = encode()
-    return lambda: encoded
+    return encode
 
 
 def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
@@ -870,7 +878,7 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
     groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
     if teacher and teacher.prompt.weight.requires_grad:
         learner["prompt"] = teacher.prompt
-        groups.append({"params": list(teacher.prompt.parameters()), "lr": config.lr_prompt})
+        groups.append({"params": teacher.prompt.parameters(), "lr": config.lr_prompt})
     if not load_finished(run, stage, learner):
         terms = partial(taught.terms, student)
         fit(run, stage, learner, groups, taught.width, terms, student, taught.refresh)

@@ -38,7 +38,7 @@ def train(run: Run, kind: type) -> Pair:
     """
     torch.manual_seed(run.config.seed)
     model = kind(run.dataset, run.config, run.device)
-    groups = [{"params": list(model.parameters()), "lr": run.config.lr_student}]
+    groups = [{"params": model.parameters(), "lr": run.config.lr_student}]
     each_epoch = getattr(model, "each_epoch", None)
     if not load_finished(run, "model", model):
         fit(run, "model", model, groups, model.width, model.terms, model, each_epoch)

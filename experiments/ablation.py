@@ -17,9 +17,9 @@ from experiments.lab import (
     Job,
     Lab,
     compare,
-    judge,
     learn_all,
     load_teacher,
+    recall,
     settings,
     some,
 )
@@ -73,10 +73,7 @@ def own_weight(lab: Lab, plain: Config) -> Config:
     own = [replace(plain, lambda_list=plain.lambda_list * factor) for factor in factors]
     learn_all(lab, "Table 5, λ₃", [Job("PromptMM", one) for one in own])
 
-    def validation(config: Config) -> float:
-        return judge(lab, "PromptMM", config, split="val")["recall@20"].mean()
-
-    return max(own, key=validation)
+    return max(own, key=lambda one: recall(lab, Job("PromptMM", one), "val"))
 
 
 def without_doubles(rows: dict) -> dict:

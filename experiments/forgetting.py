@@ -14,9 +14,9 @@ from experiments.lab import (
     Job,
     Lab,
     each_alone,
-    judge,
     learn,
     learn_all,
+    recall,
     seeded,
     settings,
     spread,
@@ -94,9 +94,9 @@ def codes_and_parts(lab: Lab, seeds: int) -> Finding:
         row = {"modality": m, "width": lab.dataset.features[m].shape[1]}
         for codes, parts in grid:
             config = replace(settings(lab, NAME_KDSR), codes=codes, parts=parts)
-            learn_all(place, "D-3", [Job(NAME_KDSR, config)])
-            recall = judge(place, NAME_KDSR, config, split="val")["recall@20"].mean()
-            row[f"{codes} × {parts}"] = float(recall)
+            job = Job(NAME_KDSR, config)
+            learn_all(place, "D-3", [job])
+            row[f"{codes} × {parts}"] = recall(place, job, "val")
         rows.append(row)
     return Finding(
         "D-3", "finer codes suit wider encoders (no claim)", rows, plain(rows), ""

@@ -22,9 +22,9 @@ from experiments.lab import (
     Lab,
     each_alone,
     embeddings,
-    judge,
     learn_all,
     load_teacher,
+    recall,
     seeded,
     settings,
     spread,
@@ -99,7 +99,7 @@ def modes(lab: Lab, seeds: int) -> Finding:
         joint = [
             recall_on_test(lab, in_mode(load_teacher(lab, j.config), m)) for j in teachers
         ]
-        alone = [judge(place, *job)["recall@20"].mean() for job in teachers]
+        alone = [recall(place, job) for job in teachers]
         found.append(by_seeds(np.subtract(alone, joint)))
         row = {"modality": m, "joint, in its mode": spread(joint), "alone": spread(alone)}
         rows.append(row | {"alone is better": found[-1]})
@@ -187,7 +187,7 @@ def useless_teachers(lab: Lab, seeds: int) -> Finding:
         more = teachers | {"noise": noise, "mf": worse}
         for name, weight in (("weighted", 1.0), ("uniform", 0.0)):
             config = replace(job.config, confidence=weight, consistency=weight)
-            before = judge(lab, NAME_PRM, config)["recall@20"].mean()  # a row of P-2
+            before = recall(lab, Job(NAME_PRM, config))  # a row of P-2
             after = recall_on_test(lab, trained_with(lab, config, PRMKD, more))
             lost[name].append(before - after)
     rows = [{"weights": k, "Recall@20 lost": spread(v)} for k, v in lost.items() if v]

@@ -566,6 +566,11 @@ def judge(
     return found
 
 
+def recall(lab: Lab, job: Job, split: str = "test") -> float:
+    """Mean Recall@20 over a split's users; on "val" where something is chosen by it."""
+    return float(judge(lab, *job, split=split)["recall@20"].mean())
+
+
 def per_user(lab: Lab, job: Job, split: str) -> dict[str, np.ndarray]:
     dataset = lab.dataset
     exclude = dataset.train if split == "val" else dataset.train + dataset.val

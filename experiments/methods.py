@@ -18,11 +18,11 @@ from experiments.lab import (
     each_alone,
     embeddings,
     holm,
-    judge,
     learn_all,
     log_of,
     needs,
     p_against,
+    recall,
     search,
     seeded,
     settings,
@@ -99,7 +99,7 @@ def rows_of(lab: Lab) -> dict[str, Job]:
     """The table's rows; of the profiles the one that is best on validation."""
     best = max(
         (f"Profile ({m})" for m in lab.dataset.features),
-        key=lambda name: judge(lab, name, Config(), split="val")["recall@20"].mean(),
+        key=lambda name: recall(lab, Job(name, Config()), "val"),
     )
     names = ("MostPop", best, ALONE, "Teacher", *FOUR)
     jobs = {name: Job(name, settings(lab, name)) for name in names}

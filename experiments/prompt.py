@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from data import Dataset
-from evaluate import evaluate, paired_test, spread as deviation_of
+from evaluate import evaluate, paired_test
 from experiments.incremental import split
 from experiments.lab import (
     Job,
@@ -32,6 +32,7 @@ from experiments.lab import (
     learn_all,
     load_teacher,
     log_of,
+    recall,
     seeded,
     settings,
     spread,
@@ -47,6 +48,7 @@ from promptmm import (
     Student,
     Teacher,
     fit,
+    on_one_scale,
     teacher_terms,
 )
 
@@ -152,7 +154,7 @@ def compared(lab: Lab, title: str, jobs: dict[str, Job], seeds: int) -> list[dic
     values: dict[str, np.ndarray] = {}
     for name, job in jobs.items():
         runs = seeded(job, seeds)
-        validation = [judge(lab, *one, split="val")["recall@20"].mean() for one in runs]
+        validation = [recall(lab, one, "val") for one in runs]
         values[name] = np.stack([judge(lab, *one)["recall@20"] for one in runs])
         shares = [load_teacher(lab, *one[1:]).prompt_share() for one in runs]
         row = {"model": name, "validation": spread(validation)}
@@ -246,7 +248,9 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     student = Student(dataset.train, config, lab.device)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), dataset, config, lab.device, {})
-        encode = on_one_scale(teacher, frozen=not parameters)
+        encode = on_one_scale(teacher)
+        if not parameters:
+            encode = partial(Encoded, *encode())  # the same at each step
         if teacher.knows_no_more():  # no modality weighs anything: LightGCN
             encode, parameters = None, []
         for weight in parameters:
@@ -255,7 +259,7 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
         own = {"student": student, "project": taught.project}
         learner = nn.ModuleDict(own | {"tuned": nn.ParameterList(parameters)})
         groups = [
-            {"params": list(nn.ModuleDict(own).parameters()), "lr": config.lr_student},
+            {"params": nn.ModuleDict(own).parameters(), "lr": config.lr_student},
             {"params": parameters, "lr": config.lr_prompt},
         ]
         terms = partial(taught.terms, student)
@@ -269,26 +273,6 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     for key, ranked in (("validation", pair), ("teacher", theirs)):
         found[key] = evaluate(*ranked, dataset.val, dataset.train)["recall@20"]
     return found
-
-
-def on_one_scale(teacher: Teacher, frozen: bool = False) -> Callable[[], Encoded]:
-    """`promptmm.stage_two` for a teacher of which any part may be tuned, or none."""
-    with torch.no_grad():
-        first = teacher()
-    size = deviation_of(first.teacher_user, first.teacher_item)
-    modal = zip(first.user_modal.values(), first.item_modal.values(), strict=True)
-    sizes = [deviation_of(*pair) for pair in modal]
-
-    def encode() -> Encoded:
-        user, item, user_modal, item_modal = teacher()
-        parts = zip(user_modal.items(), sizes, strict=True)
-        scaled = {m: part / one for (m, part), one in parts}
-        return Encoded(user / size, item, scaled, item_modal)
-
-    if not frozen:
-        return encode
-    encoded = encode()
-    return lambda: encoded
 
 
 # ------------------------------------------------------------ later data

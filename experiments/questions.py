@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.inside import by_seeds
-from experiments.lab import Job, Lab, judge, settings
+from experiments.lab import Job, Lab, recall, settings
 from experiments.methods import ALONE, FOUR, START, content_start
 
 CKD, PRM, KDSR = FOUR[1:]
@@ -71,11 +71,8 @@ def beats(name: str, reference: str) -> Callable[[Lab, dict[str, dict]], str]:
 def beats_best_single(lab: Lab, rows: dict[str, dict]) -> str:
     """PRM-KD against the single teacher that is best on validation, one seed."""
     jobs = prm_teachers(lab)
-
-    def validation(name: str) -> float:
-        return float(judge(lab, *jobs[name], split="val")["recall@20"].mean())
-
-    best = max((f"{one} alone" for one in SINGLE), key=validation)
+    single = [f"{one} alone" for one in SINGLE]
+    best = max(single, key=lambda name: recall(lab, jobs[name], "val"))
     return outcome(rows[best], rows[PRM], sign=-1) if best in rows else "no"
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from experiments.lab import Job, Lab, judge, learn_all, seeded, settings, some, spread
+from experiments.lab import Job, Lab, learn_all, recall, seeded, settings, some, spread
 from experiments.publish import Output, markdown, protocol
 from promptmm import Config
 
@@ -29,9 +29,7 @@ def figure4(lab: Lab, seeds: int) -> Output:
         row = {"setting": symbol, "value": value}
         for model in LABELS:
             runs = seeded(Job(model, config), seeds)
-            row[model] = spread(
-                [float(judge(lab, *one)["recall@20"].mean()) for one in runs]
-            )
+            row[model] = spread([recall(lab, one) for one in runs])
         rows.append(row)
     columns = {"setting": "setting", "value": "value"}
     columns |= {model: f"{label}, Recall@20" for model, label in LABELS.items()}

@@ -18,11 +18,11 @@ from experiments.lab import (
     QUICK,
     Job,
     Lab,
-    judge,
     known,
     learn_all,
     method_start,
     needs,
+    recall,
     search,
     seeded,
     settings_class,
@@ -160,10 +160,10 @@ def search_model(
         seen.append(config)
         title = f"tune {len(seen)} of {budget} {drawn},"
         learn_all(lab, title, [Job(model, config)])
-        recall = float(judge(lab, model, config, split="val")["recall@20"].mean())
-        rows.append({"model": model, "validation": recall, "settings": chosen})
-        if recall > highest:
-            highest, best = recall, chosen
+        found = recall(lab, Job(model, config), "val")
+        rows.append({"model": model, "validation": found, "settings": chosen})
+        if found > highest:
+            highest, best = found, chosen
         if len(seen) == budget:
             break
     return rows
@@ -181,8 +181,7 @@ def final_choice(lab: Lab, model: str, rows: list[dict]) -> dict:
     for row in ranked[:3]:
         jobs = seeded(Job(model, kind(**row["settings"])), 3)
         learn_all(lab, "tune, final choice", jobs)
-        runs = [judge(lab, *job, split="val")["recall@20"].mean() for job in jobs]
-        row["three seeds"] = float(np.mean(runs))
+        row["three seeds"] = float(np.mean([recall(lab, job, "val") for job in jobs]))
     return max(ranked[:3], key=lambda row: row["three seeds"])["settings"]
 
 

@@ -93,7 +93,7 @@ def by_bpr(model: Student, dataset: Dataset, config: Config) -> Pair:
     def terms(users, lists):
         return bpr_terms(model, scores(*model(), users, lists), users, lists, config.l2)
 
-    groups = [{"params": list(model.parameters()), "lr": config.lr_student}]
+    groups = [{"params": model.parameters(), "lr": config.lr_student}]
     with training(dataset, config) as run:
         fit(run, "student", model, groups, 2, terms, model)
         model.losses = [row["bpr"] for row in run.state["rows"]]
@@ -127,7 +127,7 @@ def distil(run: Run, teacher: Pair, loss: Callable) -> Pair:
         own = bpr_terms(student, logits, users, lists, config.l2)
         return own | {"kd": loss(logits, *told)}
 
-    groups = [{"params": list(student.parameters()), "lr": config.lr_student}]
+    groups = [{"params": student.parameters(), "lr": config.lr_student}]
     fit(run, "student", student, groups, 2, terms, student, extend=extend)
     with torch.no_grad():
         return student()

@@ -20,10 +20,9 @@ from experiments.prompt import (
     beside,
     entangled,
     moved,
-    on_one_scale,
     tune,
 )
-from promptmm import Config, Run, Teacher, stage_two, train_teacher
+from promptmm import Config, Run, Teacher, on_one_scale, stage_two, train_teacher
 
 
 @pytest.fixture
@@ -99,7 +98,8 @@ def test_an_adapter_starts_as_the_teacher_and_is_what_w_becomes(tiny, config, id
             assert torch.allclose(one, two, atol=1e-5)
 
 
-def test_the_scale_is_that_of_stage_two(tiny, config, ids):
+def test_what_no_prompt_reaches_may_be_computed_once(tiny, config, ids):
+    """`stage_two` is the teacher on one scale, whichever way its products are formed."""
     teacher = Teacher(tiny, config, "cpu", ids)
     frozen = stage_two(teacher, dataclasses.replace(config, tune_prompt=False))()
     ours = on_one_scale(teacher)()
