@@ -931,7 +931,7 @@ class Parser(argparse.ArgumentParser):
             if one.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             elif one.type == float | str:
-                how = {"type": lambda text: text if text.isalpha() else float(text)}
+                how = {"type": number_or_word}
             words = [
                 one.metadata["help"],
                 *one.metadata["choices"],
@@ -939,6 +939,10 @@ class Parser(argparse.ArgumentParser):
             ]
             flag = f"--{one.name.replace('_', '-')}"
             self.add_argument(flag, default=argparse.SUPPRESS, help=" ".join(words), **how)
+
+
+def number_or_word(text: str) -> float | str:
+    return text if text.isalpha() else float(text)
 
 
 def guarded(command: Callable[[list[str]], None], argv: list[str] | None, hint: str) -> int:
