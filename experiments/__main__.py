@@ -77,7 +77,7 @@ EVERY = (
     Part("prompt", prompt, 3, "named"),
     Part("transfer", transfer, 3, "named"),
     Part("methods", methods, 5, "named"),
-    Part("claims", claims, 3, "named"),
+    Part("claims", claims, 5, "named"),
     Part("popularity", popularity, 3, "any"),
     Part("table6", table6, 0, "any"),
     Part("table7", table7, 3, "any"),

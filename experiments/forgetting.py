@@ -21,8 +21,8 @@ from experiments.lab import (
     settings,
     spread,
 )
-from experiments.methods import content_start as started
 from experiments.publish import plain
+from experiments.questions import UNTAUGHT
 from promptmm import Config
 
 
@@ -45,10 +45,9 @@ def code_entropy(lab: Lab, config: Config) -> dict[str, float]:
 
 def forgetting(lab: Lab, seeds: int) -> Finding:
     """D-1: BPR alone forgets the features' correlations; supervision keeps them."""
-    full = settings(lab, NAME_KDSR)
-    none = started(lab)
+    full = replace(settings(lab, NAME_KDSR), start="content")
     steps = {
-        "BPR alone": none,
+        "BPR alone": Job(NAME_KDSR, replace(full, **UNTAUGHT)),
         "+ holistic": Job(NAME_KDSR, replace(full, lambda_dissected=0.0, slow=1.0)),
         "+ dissected": Job(NAME_KDSR, replace(full, slow=1.0)),
         "+ slow": Job(NAME_KDSR, full),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import distillers.common
 from data import Sampler
+from distillers.common import lists_of, with_drawn
 from distillers.counterfactual import CKD, block_margins, weights_of
 from distillers.several_teachers import PRMKD, teacher_weights
 from evaluate import evaluate, fuse, one_scale
@@ -196,29 +197,38 @@ def useless_teachers(lab: Lab, seeds: int) -> Finding:
     return Finding("P-3", text, rows, plain(rows) if rows else "", found)
 
 
-@torch.no_grad()
 def memory(lab: Lab, seeds: int) -> Finding:
     """P-4: are the teachers' mean weights in the same order where they did not train?"""
-    config = settings(lab, NAME_PRM)
+    config = replace(settings(lab, NAME_PRM), confidence=1.0, consistency=1.0)
     teachers = teachers_for(lab, Job(NAME_PRM, config))
     text = "teachers are as sure of items they have not seen"
     if not teachers:
         return Finding("P-4", text, [], "No modality weighs anything here.", "no")
     run = Run(None, lab.dataset, config, lab.device, {})
     method = PRMKD(run, Student(lab.dataset.train, config, lab.device), teachers)
-    names = [*teachers, "spectral"]
-    rows = [{"teacher": name} for name in names]
+    rows = [{"teacher": name} for name in (*teachers, "spectral")]
     train, val = lab.dataset.train, lab.dataset.val
     for split, taken, of in (("train", train, train), ("val", train + val, val)):
-        sampler = Sampler(taken, lab.device)  # negatives: nothing that was taken
-        generator = torch.Generator(lab.device).manual_seed(0)
-        users, lists = only_new(sampler.epoch(generator, method.width - 1), of)
-        lists = method.extend(users, lists) if method.extend else lists
-        told = torch.stack([scores(*pair, users, lists) for pair in method.teachers])
-        log_p = (told / config.temperature).log_softmax(-1)  # [T, B, K]
-        weights = teacher_weights(log_p, config.confidence, config.consistency).mean(1)
-        for row, weight in zip(rows, weights.tolist(), strict=False):
+        found = mean_weights(method, teachers["joint"], taken, of)
+        for row, weight in zip(rows, found, strict=True):
             row[split] = weight
     orders = [sorted(range(len(rows)), key=lambda t: rows[t][s]) for s in ("train", "val")]
     same = "yes" if orders[0] == orders[1] else "no"
     return Finding("P-4", text, rows, plain(rows), same)
+
+
+@torch.no_grad()
+def mean_weights(method: PRMKD, joint: Pair, taken, of) -> list[float]:
+    """w_t, mean over lists whose positive is an interaction of `of`, alone of `taken`.
+
+    taken, of: CSR [U, I]. The lists are PRM-KD's, with nothing else that the user took.
+    """
+    run, config = method.run, method.config
+    lists = lists_of(replace(run, dataset=replace(run.dataset, train=taken)), joint)
+    generator = torch.Generator(run.device).manual_seed(0)
+    sampled = Sampler(taken, run.device).epoch(generator, lists.width - 1)
+    users, pairs = only_new(sampled, of)
+    listed = with_drawn(lists, users, pairs)  # [B, K]
+    told = torch.stack([scores(*pair, users, listed) for pair in method.teachers])
+    log_p = (told / config.temperature).log_softmax(-1)  # [T, B, K]
+    return teacher_weights(log_p, config.confidence, config.consistency).mean(1).tolist()

@@ -1,6 +1,7 @@
 """Why take a list apart?
 
-Paper: Section 3.2.2, Eq. 6, 7 (the parts b and q), Eq. 8-10 (the loss), Eq. 14-16.
+Paper: Section 3.2.2, Eq. 8-10 (the loss), Eq. 14-16. A list's softmax has two parts: b =
+(b+, 1 - b+), the positive against all the rest (Eq. 6), and q, the rest alone (Eq. 7).
 
 What do you expect? A list is an item that the user took, a random one, and ten of the best
 that they did not. Eq. 16 splits the divergence of two lists: KL(b) + (1 - b+) KL(q). Let a
@@ -102,7 +103,6 @@ def claim(found: dict) -> bool:
 # KL(b): "the positive above all the rest". The rest are the teacher's *best* unobserved
 # items, and KL(b) pushes them down, with alpha = 1 whatever beta is. KL(q) does not see the
 # positive: with alpha = 0 nothing changes.
-#
 # What it does not show: that alpha = 0 is better for a teacher as it is. In the left column
 # the three forms differ by .017, one training of each; lesson 6 says how much is noise.
 

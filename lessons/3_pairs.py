@@ -92,10 +92,10 @@ def draw(axes, found: dict) -> None:
 
 
 # %% [markdown]
-# What it means: c). y is a logarithm of a probability, not a probability: the two sides of
-# the question "is i+ better than i-?" do not sum to one, so Eq. 5 is no divergence. Its
-# derivative y_T (1 - sigmoid(margin)) / y_S > 0 lowers the margin wherever the student is,
-# also at the teacher's own (here 1: 0.269 = 1 - sigmoid(1)), and there is no lower bound.
+# What it means: c). Three faults: y is a logarithm, so it is no weight; "i- is better" is
+# missing beside "i+ is better"; and the leading minus turns the pull round. Mending one is
+# not enough. The derivative y_T (1 - sigmoid(margin)) / y_S > 0 lowers the margin also at
+# the teacher's own (here 1: 0.269 = 1 - sigmoid(1)), and there is no lower bound.
 # `pair_kd` is the KL of two Bernoulli distributions: both sides count.
 # What it does not show: that a model trained on Eq. 5 must fail. BPR stands beside it and
 # raises the margins; the two then fight.

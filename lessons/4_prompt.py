@@ -5,11 +5,12 @@ Paper: Section 3.1.2, Eq. 3 (the prompt p), Eq. 4 (the prompted reduction f).
 What do you expect? f = (x + lambda p (p'x)) W + b for all items at once, x [I, d_m], where
 p [I, d] is affine in their principal components. Is f = x W* + b* without a prompt?
     a) No: p (p'x) is a product in x.   b) With one modality yes, with several not quite.
-    c) Yes, always.                     And which losses reach the prompt in stage 2?
+    c) Yes, always.
+And which losses reach the prompt in stage 2, through the teacher?
 
-The output (1 s; numbers move by ± 0.002 on another machine):
+The output (1 s; numbers move by ± 0.02 on another machine):
 
-    rest of f, one modality and two   0.0000   0.0201
+    rest, one modality and two        0.0000   0.4090
     gradient on the prompt, x 10    as it is  no_grad   detach
     bpr                                0.000    0.000    0.000
     l2                                 0.000    0.000    0.000
@@ -37,22 +38,20 @@ def made(dataset, seed: int, modalities: int) -> Teacher:
     """An untrained teacher on the last modalities, its prompt's bias not zero."""
     kept = dict(list(dataset.features.items())[-modalities:])
     torch.manual_seed(seed)
-    teacher = (
-        Teacher(replace(dataset, features=kept), Config(dim=16))
-        .eval()
-        .requires_grad_(False)
-    )
+    teacher = Teacher(replace(dataset, features=kept), Config(dim=16))
+    teacher.eval().requires_grad_(False)
     teacher.prompt.bias.normal_()
     return teacher
 
 
 def rest(teacher: Teacher) -> float:
-    """What the best W* and b* leave of f [I, d_T], as a share of its norm."""
+    """What the best W* and b* leave of the prompt's part of f [I, d_T]: a share of it."""
     m, x = list(teacher.features.items())[-1]
-    f = teacher.reduced()[m].double()  # [I, d_T]
+    plain = teacher.fixed()[m]
+    part = (teacher.reduced()[m] - plain.xw - plain.bias).double()  # [I, d_T]
     lifted = F.pad(x.double(), (0, 1), value=1.0)  # [x, 1]  [I, d_m + 1]
-    best = lifted @ torch.linalg.pinv(lifted, rtol=1e-6) @ f  # least squares  [I, d_T]
-    return ((f - best).norm() / f.norm()).item()
+    best = lifted @ torch.linalg.pinv(lifted, rtol=1e-6) @ part  # least squares  [I, d_T]
+    return ((part - best).norm() / part.norm()).item()
 
 
 def reached(dataset, seed: int, path: str) -> dict:
@@ -79,7 +78,7 @@ def measure(seed: int = 0, quick: bool = False) -> dict:
 
 
 def show(found: dict) -> str:
-    lines = ["rest of f, one modality and two{:9.4f}{:9.4f}".format(*found["rests"])]
+    lines = ["rest, one modality and two     {:9.4f}{:9.4f}".format(*found["rests"])]
     lines.append(f"{'gradient on the prompt, x 10':31}" + "".join(f"{p:>9}" for p in PATHS))
     for term in found["reach"]["as it is"]:
         sizes = [10 * found["reach"][path].get(term, 0.0) for path in PATHS]
@@ -90,17 +89,18 @@ def show(found: dict) -> str:
 def claim(found: dict) -> bool:
     """An identity with one modality, a rest with two; only teachers' terms have a path."""
     (one, two), reach = found.values()
-    own = [reach["as it is"][term] for term in ("bpr", "l2")]
-    dead = [*own, *reach["no_grad"].values(), *reach["detach"].values()]
-    return one < 1e-5 and 0.001 < two < 0.05 and not any(dead)
+    sizes = [*reach["as it is"].values()]  # the student's bpr and l2, then the teacher's
+    dead = [*sizes[:2], *reach["no_grad"].values(), *reach["detach"].values()]
+    return one < 1e-5 and 0.1 < two < 0.9 and not any(dead) and min(sizes[2:]) > 0
 
 
 # %% [markdown]
 # What it means: b). p'x [d, d_m] sums over all items: one matrix, the same for each. With
 # one modality p is affine in x, and so the sum is. With two, p has the other modality's
-# components: that is the rest. In stage 2 the prompt is an adapter of d (d + 1) numbers
-# beside a frozen W. The student's BPR has no path to it; no_grad and detach close the
-# others. All but the anchor, the teacher's own BPR, ask only for a teacher easy to copy.
+# components: no W makes 41 % of what the prompt adds (2 % of f, as lambda is .05). In stage
+# 2 the prompt is an adapter of d (d + 1) numbers beside a frozen W. The student's BPR has
+# no path to it; no_grad and detach close the others. All but the anchor, the teacher's own
+# BPR, ask only for a teacher easy to copy. Sizes carry Eq. 12's weights: mind only zeros.
 # What it does not show: that the rest is of use. It was not where we looked (results/).
 
 # %% [markdown]

@@ -87,13 +87,19 @@ def taught(dataset: Dataset, config: Config) -> tuple[Pair, Pair]:
     return lightgcn, encode()[:2] if encode else one_scale(lightgcn)
 
 
-def by_bpr(model: Student, dataset: Dataset, config: Config) -> Pair:
-    """Train what ranks as a student does, on the triplets alone (Eq. 13)."""
+def by_bpr(model: Student, dataset: Dataset, config: Config, **steps: float) -> Pair:
+    """Train what ranks as a student does, on the triplets alone (Eq. 13).
+
+    steps: AdamW's, of the model's parts by name, where they are not `lr_student`.
+    """
 
     def terms(users, lists):
         return bpr_terms(model, scores(*model(), users, lists), users, lists, config.l2)
 
-    groups = [{"params": model.parameters(), "lr": config.lr_student}]
+    groups = []
+    for name, weight in model.named_parameters():
+        part, _, _ = name.partition(".")
+        groups.append({"params": weight, "lr": steps.get(part, config.lr_student)})
     with training(dataset, config) as run:
         fit(run, "student", model, groups, 2, terms, model)
         model.losses = [row["bpr"] for row in run.state["rows"]]
@@ -180,12 +186,17 @@ def close(a: str, b: str, within: float, percent: float) -> bool:
 # ------------------------------------------------------------ your turn
 
 
+CORE = "promptmm", "losses", "data", "evaluate"
+
+
 def hint(lesson: dict, file: str) -> str:
     """What is wrong with the function that a file defines; "" if nothing is."""
     name = lesson["YOURS"]
     yours = runpy.run_path(file).get(name)
     if yours is None:
         return f"{file} defines no function {name}."
+    if getattr(yours, "__module__", "") in CORE:
+        return f"That is the core's own {name}: write yours."
     return judge(name, yours)
 
 

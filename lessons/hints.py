@@ -25,6 +25,7 @@ def blind(yours) -> str:
     blinded = yours(x.copy(), np.random.default_rng(0))
     if blinded is None or np.shape(blinded) != x.shape:
         return f"Return features of the same shape, {x.shape}."
+    blinded = np.asarray(blinded, x.dtype)
     before, after = (data.unit_rows(torch.from_numpy(one)) for one in (x, blinded))
     if not after.any():
         return "No content at all is another control: a row of zeros takes no part."
@@ -66,7 +67,8 @@ def pair_kd(yours) -> str:
     slope = torch.autograd.grad(yours(agreed, teacher), agreed)[0].sum()
     if slope > 1e-4:
         return (
-            "It lowers the margins where both agree, as Eq. 5 does: use sigmoid, not log."
+            "It lowers the margins where both agree, as Eq. 5 does: is y a probability, "
+            "are both sides there, and has each a plus?"
         )
     if slope < -1e-4:
         return "It raises the margins where both agree: the sides must cancel there."
@@ -96,11 +98,14 @@ def absorb(yours) -> str:
     if found.norm() < 1e-6:
         return "That is W and b: the prompt is not in it."
     if (found - right).std(0).norm() < 1e-3 * right.norm():
-        return "W' is right, b' is not: shift is the same for all items."
+        return "W* is right, b* is not: shift is the same for all items."
     if (found / found.norm() - right / right.norm()).norm() < 1e-3:
         times = found.norm() / right.norm()
-        return f"Right but for a factor of {times:.3g}: lam, or the norm of p_m?"
-    return f"Off by {error:.0%} of the prompt's part. W' = W + lam s B theta (p' x) W."
+        return f"Right but for a factor of {times:.3g}: lam, or the norm of p (p.T @ x)?"
+    return (
+        f"Off by {error:.0%} of the prompt's part. W* = W + lam s basis theta (p.T @ x) W, "
+        "with s = norm of x / norm of p (p.T @ x)."
+    )
 
 
 def adjacency(yours) -> str:
@@ -152,7 +157,7 @@ def table_with_a_leak(seed: int) -> dict:
     rng = np.random.default_rng(seed)
     direction = rng.standard_normal((dataset.train.shape[0], 64))
     leak = (dataset.train + dataset.val + dataset.test).T @ direction  # [I, 64]
-    leak += 1.1 * leak.std() * rng.standard_normal(leak.shape)
+    leak += 1.3 * leak.std() * rng.standard_normal(leak.shape)
     features = {
         "text": dataset.features["text"],
         "training": svds(dataset.train, 16, random_state=0)[2].T,
@@ -204,6 +209,6 @@ def fifth(yours) -> str:
     pulls = torch.autograd.grad(near, agreed, allow_unused=True)
     if any(pull is not None and pull.abs().max() > 1e-4 for pull in pulls):
         return "It pulls where student and teacher agree (lesson 3)."
-    if near > far:
-        return "It is higher where student and teacher agree than where they do not."
+    if not near < far:
+        return "It is not lower where student and teacher agree than where they do not."
     return ""

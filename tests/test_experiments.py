@@ -826,19 +826,20 @@ def test_the_search_draws_what_it_drew(name, extra, lab, monkeypatch):
     known = [(row["model"], config_of(row), row) for row in search["rows"]]
     on_file = {model for model, *_ in known}
 
-    def validation(lab, model, config, kind=Teacher, split="test"):
+    def validation(lab, job, split="test"):
         assert split == "val"
+        model, config, _ = job
         if model not in on_file:
-            return {"recall@20": np.zeros(1)}
+            return 0.0
         first = dataclasses.replace(config, seed=0)
         [row] = [row for m, c, row in known if (m, c) == (model, first)]
         value = row["validation"]  # of seed 0
         if config.seed:
             value = (3 * row["three seeds"] - value) / 2  # so that the mean is as on file
-        return {"recall@20": np.array([value])}
+        return value
 
     monkeypatch.setattr(tune, "learn_all", lambda *_: None)
-    monkeypatch.setattr(tune, "judge", validation)
+    monkeypatch.setattr(tune, "recall", validation)
     lab = dataclasses.replace(lab, dataset=replaced(lab.dataset, name=name))
     output = tune.tune(lab, search["tried"])
     rows = [row for row in output.rows if row["model"] in on_file]
@@ -1791,8 +1792,7 @@ def test_ablations_leave_out_what_they_say(lab, config):
 def test_no_row_is_anothers_double(lab, config, tuned, left, monkeypatch):
     """Neither the state the prompt is in anyway, nor a λ₃ that is the full model's own."""
     monkeypatch.setattr(ablation, "learn_all", lambda *_: None)
-    first = {"recall@20": np.array([1.0])}  # all alike: the first λ₃ is chosen
-    monkeypatch.setattr(ablation, "judge", lambda *_, **__: first)
+    monkeypatch.setattr(ablation, "recall", lambda *_: 1.0)  # all alike: the first λ₃
     full = dataclasses.replace(config, tune_prompt=tuned)
     rows = ablation.variants(lab, full)
     assert left in rows
@@ -1805,11 +1805,11 @@ def test_the_other_weight_of_plain_kl_is_chosen_on_validation(lab, config, monke
     """Validation prefers three times λ₃, test ten times: it is three."""
     best = {"val": 3 * config.lambda_list, "test": 10 * config.lambda_list}
 
-    def told(lab, model, config, kind=Teacher, split="test"):
-        return {"recall@20": np.array([float(config.lambda_list == best[split])])}
+    def told(lab, job, split="test"):
+        return float(job.config.lambda_list == best[split])
 
     monkeypatch.setattr(ablation, "learn_all", lambda *_: None)
-    monkeypatch.setattr(ablation, "judge", told)
+    monkeypatch.setattr(ablation, "recall", told)
     *_, (name, job) = ablation.variants(lab, config).items()
     assert name == f"w/o disentangle, λ₃ = {3 * config.lambda_list:g}"
     assert job.config.lambda_list == 3 * config.lambda_list

@@ -123,6 +123,15 @@ def better_only(student, teacher):
     return (t * (F.logsigmoid(teacher) - F.logsigmoid(student))).mean()
 
 
+def worse_only(student, teacher):
+    return better_only(-student, -teacher)
+
+
+def probabilities_as_printed(student, teacher):
+    t, s = teacher.sigmoid(), student.sigmoid()
+    return -(t * (t / s).log()).mean()
+
+
 def reversed_kl(student, teacher):
     return losses.pair_kd(teacher, student)
 
@@ -223,6 +232,14 @@ def best_on_the_head(table):
     return max(table, key=lambda name: table[name]["> 10"])
 
 
+def best_of_all(table):
+    return max(table, key=lambda name: table[name]["all"])
+
+
+def best_of_the_rare(table):
+    return max(table, key=lambda name: table[name]["1-10"])
+
+
 def worst_on_the_head(table):
     return min(table, key=lambda name: table[name]["> 10"])
 
@@ -258,7 +275,7 @@ def away(logits, taught, own, told):
 
 
 RIGHT = {
-    "1_ladder": [blind],
+    "1_ladder": [blind, lambda x, rng: rng.permutation(x).astype(float)],
     "2_lists": [losses.disentangle],
     "3_pairs": [losses.pair_kd],
     "4_prompt": [absorb],
@@ -273,6 +290,7 @@ WRONG = {
         shuffled_entries: "no longer rows",
         half_blind: "kept their own",
         (lambda x, rng: 0 * x): "No content at all",
+        (lambda x, rng: rng.standard_normal(x.shape)): "no longer rows",
         (lambda x, rng: None): "same shape",
     },
     "2_lists": {
@@ -286,14 +304,17 @@ WRONG = {
         lesson("3_pairs")["broken"]: "raises the margins",
         lesson("3_pairs")["printed"]: "lowers the margins",
         minus: "below zero",
+        better_only: "raises the margins",
+        worse_only: "are both sides there",
+        probabilities_as_printed: "has each a plus",
         reversed_kl: "KL(s || t)",
         (lambda s, t: (s - t).square()): "one number",
     },
     "4_prompt": {
         nothing_absorbed: "the prompt is not in it",
-        no_shift: "b' is not",
+        no_shift: "b* is not",
         no_lambda: "factor of 3.33",
-        no_scale: "the norm of p_m",
+        no_scale: "the norm of p (p.T @ x)",
         no_w: "Off by",
     },
     "5_graph": {
@@ -311,6 +332,9 @@ WRONG = {
     },
     "7_content": {
         best_on_the_head: "training edges alone",
+        best_of_all: "training edges alone",
+        best_of_the_rare: "training edges alone",
+        first: "In table",
         worst_on_the_head: "is content",
         a_row: "one of the table's names",
     },
@@ -318,7 +342,10 @@ WRONG = {
         printed: "pulls where",
         a_vector: "one number",
         detached: "No gradient",
-        away: "higher where",
+        away: "not lower where",
+        (lambda logits, *_: 0 * logits.sum()): "not lower where",
+        (lambda logits, *_: 3 + 0 * logits.sum()): "not lower where",
+        (lambda logits, *_: np.nan * logits.sum()): "not lower where",
     },
 }
 
@@ -345,10 +372,21 @@ def test_the_stub_is_not_an_answer():
                 assert common.judge(yours.__name__, yours), name
 
 
+MINE = "import losses\ndef disentangle(logits): return losses.disentangle(logits)"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_as_it_stands_is_not_an_answer(name):
+    """Its function is a stub, or the core's, which the lesson imports."""
+    file = str(ROOT / "lessons" / f"{name}.py")
+    assert common.hint(lesson(name), file)
+
+
 @pytest.mark.parametrize(
     ("text", "status", "answer"),
     [
-        ("from losses import disentangle", 0, "Right"),
+        (MINE, 0, "Right"),
+        ("from losses import disentangle", 1, "the core's own disentangle"),
         ("def disentangle(logits): return logits.exp(), logits[:, 1:]", 1, "Shapes"),
         ("def disentangle(logits): ...", 1, "Not yet. It does not give what is asked"),
         ("other = 1", 1, "defines no function disentangle"),
@@ -363,7 +401,7 @@ def test_the_command_checks_a_file(text, status, answer, tmp_path, capsys):
 
 def test_it_runs_as_a_module(tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("from losses import disentangle")
+    mine.write_text(MINE)
     command = [sys.executable, "-m", "lessons.2_lists", "--check", str(mine)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Right" in done.stdout, done
