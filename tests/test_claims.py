@@ -1,8 +1,11 @@
 """The table of methods and the claims about them: rules, controls, and what is inside."""
 
 import dataclasses
+import json
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import replaced
@@ -10,10 +13,18 @@ from conftest import replaced
 import promptmm
 from distillers import METHODS
 from evaluate import one_scale
-from experiments import lab as laboratory, methods as table, tune
-from experiments.inside import Watched, in_mode, order
+from experiments import (
+    claims,
+    forgetting,
+    inside,
+    lab as laboratory,
+    methods as table,
+    questions,
+    tune,
+)
+from experiments.inside import Finding, Watched, in_mode, order
 from experiments.lab import Lab, holm, learn, settings
-from experiments.questions import TABLES, full_is_best, outcome
+from experiments.questions import ALONE, CKD, KDSR, PRM, TABLES, full_is_best, outcome
 from promptmm import Run, Teacher
 
 
@@ -39,10 +50,255 @@ def test_a_claim_holds_by_p_and_by_seeds():
     assert outcome(row([0.05] * 5), base) == "against"
     assert outcome(row([0.05] * 5), base, sign=-1) == "yes"
     judged = full_is_best("full")
-    worse, better = row([0.05] * 5), row([0.2] * 5)
-    assert judged(None, {"full": base, "a": worse}) == "yes"
+    worse, better, same = row([0.05] * 5), row([0.2] * 5), row([0.1] * 5, p=1.0)
+    assert judged(None, {"full": base, "a": worse, "b": worse}) == "yes"
+    assert judged(None, {"full": base, "a": worse, "b": same}) == "no"  # each part, not one
     assert judged(None, {"full": base, "a": worse, "b": better}) == "against"
     assert judged(None, {"full": base, "a": row([0.05] * 5, p=0.5)}) == "no"
+    two_seeds_differ = row([0.05, 0.05, 0.05, 0.12, 0.12])
+    assert judged(None, {"full": base, "a": two_seeds_differ}) == "no"
+
+
+JUDGED = [  # a claim, recalls of its rows, what that says
+    ("C-3", {CKD: 0.2, ALONE: 0.1}, "yes"),
+    ("C-3", {CKD: 0.1, ALONE: 0.2}, "against"),
+    ("P-2", {"both": 0.2, "uniform": 0.1}, "yes"),
+    ("P-2", {"both": 0.1, "uniform": 0.2}, "against"),
+    ("P-5", {PRM: 0.1, "curriculum of 20 epochs": 0.2}, ""),
+    ("D-2", {KDSR: 0.2, "its start alone": 0.1}, "yes"),
+    ("D-2", {KDSR: 0.1, "its start alone": 0.2}, "against"),
+    ("D-4", {"L = 0": (0.1, 0.2), "L as found": (0.2, 0.3)}, "yes"),
+    ("D-4", {"L = 0": (0.2, 0.1), "L as found": (0.2, 0.3)}, "no"),
+    ("D-4", {"L = 0": (0.2, 0.1), "L as found": (0.3, 0.2)}, "against"),
+]
+
+
+@pytest.mark.parametrize(("name", "recalls", "expected"), JUDGED)
+def test_a_judge_asks_what_its_claim_says(lab, name, recalls, expected):
+    [question] = [one for one in TABLES if one.name == name]
+    if name == "D-4":  # LightGCN's and KDSR's, with and without a graph
+        pairs = [
+            (f"{m}, {k}", v[n])
+            for n, m in enumerate((ALONE, KDSR))
+            for k, v in recalls.items()
+        ]
+        recalls = dict(pairs)
+    rows = question.rows(lab)
+    assert {*recalls, question.reference} <= set(rows)
+    assert question.judge(lab, {k: row([v] * 5) for k, v in recalls.items()}) == expected
+
+
+def test_prm_is_compared_with_the_teacher_that_is_best_on_validation(lab, monkeypatch):
+    """The modal teachers' student by validation; on test it would be the joint one's."""
+    best = {"val": "modal", "test": "joint"}
+    monkeypatch.setattr(
+        questions,
+        "recall",
+        lambda lab, job, split: float(job.config.taught_by == best[split]),
+    )
+    [question] = [one for one in TABLES if one.name == "P-1"]
+    rows = {name: row([0.1] * 5) for name in question.rows(lab)}
+    for modal, joint, expected in ((0.05, 0.2, "yes"), (0.2, 0.05, "against")):
+        rows |= {"modal alone": row([modal] * 5), "joint alone": row([joint] * 5)}
+        assert question.judge(lab, rows) == expected
+
+
+def test_no_row_of_a_claim_is_its_full_models_double(lab):
+    lab = dataclasses.replace(lab, chosen={CKD: {"effect": "row"}, KDSR: {"slow": 1.0}})
+    rows = {one.name: one.rows(lab) for one in TABLES}
+    assert "effect by row" not in rows["C-2"] and "slow = 1" not in rows["D-2"]
+    for name, count in (("C-2", 6), ("D-2", 5)):
+        configs = {str(job.config) for job in rows[name].values()}
+        assert len(configs) == len(rows[name]) == count
+
+
+def test_a_backbone_without_a_graph_has_no_layer(lab):
+    [question] = [one for one in TABLES if one.name == "D-4"]
+    layers = {name: job.config.student_layers for name, job in question.rows(lab).items()}
+    assert [layers[f"{model}, L = 0"] for model in (ALONE, KDSR)] == [0, 0]
+    found = settings(lab, ALONE).student_layers
+    assert [layers[f"{model}, L as found"] for model in (ALONE, KDSR)] == [found] * 2
+
+
+def test_its_start_alone_is_kdsr_without_supervision(lab):
+    """Otherwise the same, so that nothing else can explain a gain."""
+    lab = dataclasses.replace(lab, chosen={KDSR: {"l2": 0.03}, ALONE: {"l2": 0.5}})
+    [question] = [one for one in TABLES if one.name == "D-2"]
+    alone = question.rows(lab)["its start alone"].config
+    assert (alone.l2, alone.start, alone.slow) == (0.03, "content", 1.0)
+    assert alone.lambda_holistic == alone.lambda_dissected == 0
+
+
+# ------------------------------------------------------------ what looks inside
+
+
+SPREAD = np.array([0.0, 0.001, -0.001, 0.002, -0.002])  # over five seeds
+
+
+@pytest.mark.parametrize(("alone", "expected"), [(0.2, "yes"), (0.05, "against")])
+def test_alone_against_the_mode_of_the_joint_teacher(lab, monkeypatch, alone, expected):
+    monkeypatch.setattr(inside, "learn_all", lambda *_: None)
+    monkeypatch.setattr(inside, "learn_teachers", lambda *_: None)
+    monkeypatch.setattr(inside, "load_teacher", lambda lab, config: config.seed)
+    monkeypatch.setattr(inside, "in_mode", lambda seed, m: seed)
+    monkeypatch.setattr(inside, "recall_on_test", lambda lab, seed: 0.1 + SPREAD[seed])
+    monkeypatch.setattr(inside, "recall", lambda lab, job: alone - SPREAD[job.config.seed])
+    found = inside.modes(lab, 5)
+    assert found.outcome == expected
+    assert found.rows[0]["alone"]["mean"] == pytest.approx(alone)
+    assert found.rows[0]["joint, in its mode"]["mean"] == pytest.approx(0.1)
+
+
+def test_first_and_last_weights_are_those_epochs(lab, monkeypatch):
+    """The weaker teacher ends with the larger weight, which it had not at first."""
+
+    def watched(lab, config, method, teachers):
+        steps = [[[1.0, 3.0], [2.0, 4.0]], [[9.0, 1.0], [7.0, 3.0]]]
+        method.keywords["log"].extend([torch.tensor(s) for s in e] for e in steps)
+
+    alone = {"weak": 0.1, "strong": 0.2}
+    monkeypatch.setattr(inside, "teachers_for", lambda *_: {m: m for m in alone})
+    monkeypatch.setattr(inside, "trained_with", watched)
+    monkeypatch.setattr(inside, "recall_on_test", lambda lab, m: alone[m])
+    found = inside.weights_by_epoch(lab, 1)
+    weak, strong = found.rows
+    assert (weak["w, first epoch"], weak["w, last epoch"]) == (1.5, 8.0)
+    assert (strong["w, first epoch"], strong["w, last epoch"]) == (3.5, 2.0)
+    assert found.outcome == "yes"
+
+
+@pytest.mark.parametrize(("weighted", "expected"), [(0.28, "yes"), (0.1, "against")])
+def test_what_useless_teachers_cost(lab, monkeypatch, weighted, expected):
+    """The recall of P-2's row less that with two more teachers: uniform loses .1 of .3."""
+    seen = []
+
+    def trained(lab, config, method, teachers):
+        seen.append(set(teachers))
+        return config
+
+    def after(lab, config):
+        return (weighted if config.confidence else 0.2) + SPREAD[
+            config.seed
+        ] * config.confidence
+
+    pair = torch.ones(3, 2), torch.ones(4, 2)
+    monkeypatch.setattr(inside, "teachers_for", lambda *_: {"joint": pair})
+    monkeypatch.setattr(inside, "embeddings", lambda *_: pair)
+    monkeypatch.setattr(inside, "recall", lambda lab, job: 0.3)
+    monkeypatch.setattr(inside, "trained_with", trained)
+    monkeypatch.setattr(inside, "recall_on_test", after)
+    found = inside.useless_teachers(lab, 5)
+    lost = {row["weights"]: row["Recall@20 lost"]["mean"] for row in found.rows}
+    assert lost == pytest.approx({"weighted": 0.3 - weighted, "uniform": 0.1})
+    assert found.outcome == expected
+    assert seen == [{"joint", "noise", "mf"}] * 10
+
+
+@pytest.mark.parametrize(("unseen", "same"), [((1, 2, 3), "yes"), ((3, 2, 1), "no")])
+def test_the_order_of_teachers_on_what_they_have_not_seen(lab, monkeypatch, unseen, same):
+    asked = []
+
+    def weights(method, joint, taken, of):
+        asked.append((taken.nnz, of.nnz))
+        config = method.config
+        assert config.confidence == config.consistency == 1  # whatever the search found
+        return [1, 2, 3] if len(asked) == 1 else list(unseen)
+
+    pairs = {m: (torch.randn(60, 4), torch.randn(40, 4)) for m in ("joint", "lightgcn")}
+    lab = dataclasses.replace(lab, chosen={PRM: {"confidence": 0.0, "consistency": 0.0}})
+    monkeypatch.setattr(inside, "teachers_for", lambda *_: pairs)
+    monkeypatch.setattr(inside, "mean_weights", weights)
+    found = inside.memory(lab, 1)
+    train, val = lab.dataset.train.nnz, lab.dataset.val.nnz
+    assert asked == [(train, train), (train + val, val)]
+    assert [row["val"] for row in found.rows] == list(unseen) and found.outcome == same
+
+
+def test_a_list_for_an_unseen_positive_holds_nothing_else_taken(lab, monkeypatch):
+    dataset = lab.dataset
+    config = settings(lab, PRM)
+    pairs = {m: (torch.randn(60, 4), torch.randn(40, 4)) for m in ("joint", "lightgcn")}
+    run = Run(None, dataset, config, lab.device, {})
+    method = inside.PRMKD(run, inside.Student(dataset.train, config), pairs)
+    seen = []
+
+    def scored(user, item, users, lists):
+        seen.append((users, lists))
+        return promptmm.scores(user, item, users, lists)
+
+    monkeypatch.setattr(inside, "scores", scored)
+    taken = dataset.train + dataset.val
+    found = inside.mean_weights(method, pairs["joint"], taken, dataset.val)
+    assert sum(found) == pytest.approx(1, abs=1e-5) and len(found) == len(method.teachers)
+    users, lists = seen[0]
+    assert len(users) == dataset.val.nnz and lists.shape[1] > 2
+    for u, (positive, *others) in zip(users.tolist(), lists.tolist(), strict=True):
+        assert dataset.val[u, positive] and not taken[u, others].nnz
+
+
+@pytest.mark.parametrize(
+    ("start", "alone", "last", "expected"),
+    [(0.5, 0.2, 0.4, "yes"), (0.1, 0.2, 0.1, "against"), (0.5, 0.2, 0.2, "no")],
+)
+def test_forgetting_is_a_fall_that_supervision_holds(
+    lab, monkeypatch, start, alone, last, expected
+):
+    """A fall from the content start under BPR alone, and full KDSR above BPR alone."""
+    means = iter([start, alone, 0.3, 0.3, last])
+
+    def kept(lab, tables):
+        noise = SPREAD if next_is_last() else -SPREAD
+        runs = [
+            mean + n for mean, n in zip([next(means)] * len(tables), noise, strict=False)
+        ]
+        return {"mean": laboratory.spread(runs)}
+
+    calls = []
+
+    def next_is_last():
+        calls.append(0)
+        return len(calls) == 5
+
+    taught = []
+    monkeypatch.setattr(
+        forgetting, "learn_all", lambda lab, title, jobs: taught.append(jobs[0].config)
+    )
+    monkeypatch.setattr(forgetting, "learn", lambda lab, *_: lab.out)
+    monkeypatch.setattr(forgetting, "read_torch", lambda *_: {"student.item": None})
+    monkeypatch.setattr(forgetting, "kept", kept)
+    found = forgetting.forgetting(lab, 5)
+    names = ["content start", "BPR alone", "+ holistic", "+ dissected", "+ slow"]
+    assert [row["table"] for row in found.rows] == names
+    assert found.outcome == expected
+    steps = [(c.lambda_holistic > 0, c.lambda_dissected > 0, c.slow > 1) for c in taught]
+    assert steps == [(n > 0, n > 1, n > 2) for n in range(4)]
+    assert {c.start for c in taught} == {"content"}
+
+
+def test_the_grid_of_codes_is_of_validation(lab, monkeypatch):
+    monkeypatch.setattr(forgetting, "learn_all", lambda *_: None)
+    monkeypatch.setattr(forgetting, "recall", lambda lab, job, split: split)
+    found = forgetting.codes_and_parts(lab, 1)
+    assert {row["20 × 1"] for row in found.rows} == {"val"} and found.outcome == ""
+
+
+def test_entropy_is_of_the_shares_of_the_codes(lab, monkeypatch):
+    """Two codes alike: log 2."""
+    monkeypatch.setattr(forgetting, "nearest", lambda rows, _: torch.arange(len(rows)) % 2)
+    for entropy in forgetting.code_entropy(lab, settings(lab, KDSR)).values():
+        assert entropy == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_verdicts_read_the_other_real_data_and_five_seeds_alone(lab, tmp_path):
+    for name, seeds in (("tiktok", 5), ("citeulike", 3)):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        rows = [{"id": "C-3", "outcome": "yes"}]
+        (folder / "claims.json").write_text(json.dumps({"rows": rows, "seeds": seeds}))
+    lab = dataclasses.replace(lab, quick=False)
+    assert claims.earlier(lab) == {"C-3": {"tiktok": "yes"}}
+    tiktok = dataclasses.replace(lab, dataset=replaced(lab.dataset, name="tiktok"))
+    assert claims.earlier(tiktok) == {}
 
 
 def test_the_order_of_weights():
@@ -117,10 +373,31 @@ def test_methods_have_equally_many_tries(lab, monkeypatch):
     assert budgets == {"CKD": 8, "PRM-KD (ours after 002)": 8, "KDSR": 16}
 
 
-def test_every_claim_is_asked():
-    page = (laboratory.CODE / "docs" / "methods.md").read_text()
-    asked = {question.name for question in TABLES} | {"C-1", "C-4", "P-3", "P-4"}
-    asked |= {"D-1", "D-3"}
+@pytest.mark.parametrize(
+    ("seeds", "verdict"), [(5, "survives on tiktok"), (3, "not asked")]
+)
+def test_every_claim_is_asked_and_five_seeds_settle_it(lab, monkeypatch, seeds, verdict):
+    """Whatever answers, the table has C-1 to D-4 once; the page of methods has them too."""
+
+    def answered(name):
+        return lambda lab, *_: Finding(name, "a claim", [], "", "yes")
+
+    def asked(lab, question, seeds):
+        return answered(question.name)(lab)
+
+    monkeypatch.setattr(claims, "asked", asked)
+    looks = {"modes": "C-1", "weights_by_epoch": "C-4", "useless_teachers": "P-3"}
+    for function, name in (looks | {"memory": "P-4"}).items():
+        monkeypatch.setattr(inside, function, answered(name))
+    for function, name in (("forgetting", "D-1"), ("codes_and_parts", "D-3")):
+        monkeypatch.setattr(forgetting, function, answered(name))
+    lab = dataclasses.replace(
+        lab, dataset=replaced(lab.dataset, name="tiktok"), quick=False
+    )
+    rows = claims.claims(lab, seeds).rows
     counts = {"C": 4, "P": 5, "D": 4}
-    assert asked == {f"{letter}-{n + 1}" for letter, k in counts.items() for n in range(k)}
-    assert all(name in page for name in asked)
+    names = [f"{letter}-{n + 1}" for letter, k in counts.items() for n in range(k)]
+    assert [row["id"] for row in rows] == names
+    assert all(row["verdict"].startswith(verdict) for row in rows)
+    page = (laboratory.CODE / "docs" / "methods.md").read_text()
+    assert all(name in page for name in names)
