@@ -204,6 +204,8 @@ class KDSR:
     def terms(self, student_user, student_item, logits, users, lists: Tensor) -> Losses:
         """KDSR.10 beyond BPR and ‖Θ‖²; each λ scales its own term only (S2)."""
         config, table = self.config, self.student.item
+        if not (config.lambda_holistic or config.lambda_dissected):
+            return {}
         i, j = self.pairs(users, lists)  # [n] each
         a, b = table.index_select(0, i), table.index_select(0, j)  # [n, d]
         holistic, dissected = [], []

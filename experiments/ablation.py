@@ -179,13 +179,13 @@ def reduced_points(lab: Lab, config: Config, chosen: np.ndarray) -> dict[str, np
     }
 
 
-def mixing(points: dict[str, np.ndarray], neighbours: int = 10) -> float:
-    """Share of nearest neighbours that are of another modality, over what chance gives."""
+def mixing(points: dict[str, np.ndarray]) -> float:
+    """Share of the 10 nearest that are of another modality, over what chance gives."""
     x = np.concatenate(list(points.values()))  # [n, d]
     kind = np.repeat(np.arange(len(points)), [len(part) for part in points.values()])  # [n]
     distance = np.square(x).sum(1)[None] - 2 * x @ x.T  # up to each row's own ‖x‖²
     np.fill_diagonal(distance, np.inf)
-    nearest = np.argpartition(distance, neighbours, axis=1)[:, :neighbours]
+    nearest = np.argpartition(distance, 10, axis=1)[:, :10]
     other = (kind[nearest] != kind[:, None]).mean()
     return float(other / (1 - 1 / len(points)))
 

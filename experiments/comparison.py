@@ -139,8 +139,8 @@ def compared(lab: Lab, models: str) -> dict[str, Job]:
     named = known(models, MODELS) if models else search(lab).get("best", MODELS)
     chosen = {*PLAIN, *named}
     shown = [name for name in names(lab) if name in chosen or name not in MODELS]
-    taught_by = [rival for rival in rivals(search(lab)) if rival in chosen]
-    shown += [f"{rival}{DISTILLED}" for rival in taught_by[:1]]
+    best = rivals(search(lab))[:1]
+    shown += [f"{rival}{DISTILLED}" for rival in best if rival in chosen]
     return {model: Job(model, settings(lab, model)) for model in shown}
 
 

@@ -60,6 +60,11 @@ from promptmm import (
 CODE = Path(__file__).resolve().parent.parent
 ROOT = CODE  # what holds runs/ and results/
 CORE = tuple(CODE / f"{name}.py" for name in ("promptmm", "losses", "data", "evaluate"))
+IMPORTED = {  # the code that runs, whatever is edited meanwhile
+    file: file.read_text()
+    for folder in ("", "baselines", "distillers", "experiments")
+    for file in (CODE / folder).glob("*.py")
+}
 VERSIONS = {
     "torch": torch.__version__,
     "numpy": np.__version__,
@@ -143,8 +148,12 @@ class Lab:
         return self.home / f"{self.fingerprint[:12]}-{self.device.type}"
 
     def count(self, seeds: int) -> int:
-        """How many seeds: as asked on the command line, else the part's own number."""
-        return self.seeds or (1 if self.quick else seeds)
+        """How many seeds: as asked on the command line, else the part's own number.
+
+        On real data at least five, where there are several.
+        """
+        several = max(seeds, 5) if self.source and seeds > 1 else seeds
+        return self.seeds or (1 if self.quick else several)
 
     def folder(self, model: str, config: Config, kind: type = Teacher) -> Path:
         """Where a trained model lies; with `keep` one of older code will do."""
@@ -268,7 +277,8 @@ def code_digest(files: tuple[Path, ...]) -> str:
     With what this file adds to a model: who teaches it, and how it is judged.
     """
     added = trained_pair, scaled, teachers_for, each_alone, ids_of, load_teacher, per_user
-    code = [*(file.read_text() for file in files), *map(inspect.getsource, added)]
+    texts = (IMPORTED.get(file) or file.read_text() for file in files)
+    code = [*texts, *map(inspect.getsource, added)]
     return digest([torch.__version__, *map(bare, code)])
 
 
@@ -552,12 +562,15 @@ def judge(
     """Metrics of each evaluated user [n] by name; on test, of the selected epoch only."""
     if is_untrained(model):
         return per_user(lab, Job(model, config), split)
-    if model == FUSED:  # kept beside its LightGCN, under the digest of its own code
-        code = code_digest((Path(inspect.getsourcefile(profile)),))
-        name = f"fused-{lab.fingerprint[:12]}-{code}-{split}.npz"
-        file = learn(lab.beneath or lab, "LightGCN", config) / name
+    judged_by = [CODE / "evaluate.py"]  # with --keep older than the model it may not be
+    if model == FUSED:  # kept beside its LightGCN
+        judged_by.append(Path(inspect.getsourcefile(profile)))
+        name = f"fused-{lab.fingerprint[:12]}-{split}"
+        folder = learn(lab.beneath or lab, "LightGCN", ids_settings(lab, config))
     else:
-        file = learn(lab, model, config, kind) / f"{split}.npz"
+        name = split
+        folder = learn(lab, model, config, kind)
+    file = folder / f"{name}-{code_digest(tuple(judged_by))}.npz"
     if file.exists():
         return data.read_arrays(file)
     found = per_user(lab, Job(model, config, kind), split)

@@ -35,11 +35,13 @@ from experiments import (
     ablation,
     bench,
     comparison,
+    convergence,
     cost,
     incremental,
     lab as laboratory,
     printed,
     publish,
+    sensitivity,
     tune,
 )
 from experiments.__main__ import EVERY, PARTS, TUNE, main, perform, state_of
@@ -1086,7 +1088,7 @@ def test_controls_train_on_their_own_features_and_are_judged_alike(lab, monkeypa
     assert len(sums) == 3
     alone = [place.fingerprint for model, place in trained if model == "LightGCN"]
     assert set(alone) == {lab.fingerprint}  # the sums too stand on the one LightGCN
-    kept = [file.name for file in lab.cache.glob("lightgcn-*/fused-*-test.npz")]
+    kept = [file.name for file in lab.cache.glob("lightgcn-*/fused-*-test-*.npz")]
     assert all(any(place[:12] in name for name in kept) for place in sums)
     assert [row["model"] for row in output.extra["fidelity"]] == ["LightGCN", "PromptMM"]
     places = {place.fingerprint: place for model, place in trained if model == "PromptMM"}
@@ -1118,7 +1120,7 @@ def test_the_untrained_teacher_is_where_training_begins(lab, config, monkeypatch
         assert torch.equal(one.weight, other.weight) and not one.bias.any()
     assert found.prompt_share() == 0
     assert found.modality_weights() == {"text": 0.5, "visual": 0.25}
-    change = {"lr_teacher": 0.0, "lambda_prompt": 0.0}  # the prompt does nothing, so W^m
+    change = {"lr_teacher": 0.0, "lambda_prompt": 0.0, "epochs": 1}  # no prompt, so W^m
     assert difference(jobs[BEGUN].config, jobs["Teacher"].config) == change
 
 
@@ -1182,7 +1184,6 @@ def test_fidelity_is_counted_over_what_a_user_has_not_seen(lab, config, monkeypa
     rng = torch.Generator().manual_seed(0)
     theirs, own = ([torch.randn(n, 4, generator=rng) for n in train.shape] for _ in "ab")
     pairs = {"Teacher": theirs, "PromptMM": own, "LightGCN": [-theirs[0], theirs[1]]}
-    monkeypatch.setattr("experiments.controls.learn_all", lambda *_: None)
     monkeypatch.setattr("experiments.controls.embeddings", lambda _, m, *__: pairs[m])
     overlaps, correlations = [], []
     for u, seen in enumerate(train):
@@ -1453,7 +1454,7 @@ def test_table_4_has_the_models_that_were_searched(lab, monkeypatch):
 
 
 def test_the_best_rival_teaches_promptmms_student(lab, monkeypatch):
-    """By validation, of those the table shows; without a search nobody does."""
+    """The best by validation, if the table shows it; without a search nobody does."""
     rows = [
         {"model": model, "validation": reached, "settings": {}}
         for model, reached in (("LATTICE", 0.2), ("FREEDOM", 0.3), ("LightGCN", 0.9))
@@ -1470,7 +1471,7 @@ def test_the_best_rival_teaches_promptmms_student(lab, monkeypatch):
         monkeypatch.setattr(comparison, "search", lambda _, search=search: search)
         with pytest.raises(StopIteration):
             comparison.table4(lab, 1, models)
-    assert shown == [["FREEDOM, distilled"], ["LATTICE, distilled"], [], []]
+    assert shown == [["FREEDOM, distilled"], [], [], []]  # the second keeps FREEDOM's row
 
 
 def test_a_student_of_a_comparison_model(lab, config):
@@ -1533,7 +1534,7 @@ def test_what_a_finished_part_depends_on(lab, monkeypatch):
     """Seeds, what was asked, and every file that experiments are made of."""
     lab, part = dataclasses.replace(lab, seeds=0), PARTS["table5"]
     states = [state_of(lab, part, {})] * 2 + [state_of(lab, part, {"models": "BM3"})]
-    states.append(state_of(lab, part._replace(seeds=part.seeds + 1), {}))
+    states.append(state_of(lab, part._replace(seeds=part.seeds + 3), {}))
     states.append(state_of(dataclasses.replace(lab, quick=True), part, {}))
     true_bare = laboratory.bare
     for place in ("def markdown(", "def paired_test("):
@@ -2024,6 +2025,102 @@ def test_table_6_takes_the_batches_of_training(kind, given, tiny, config, monkey
 
 def split_train(train: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     return incremental.split(train, 0)
+
+
+def test_a_curve_says_which_epoch_is_kept():
+    """The best one, not the last nor the worst."""
+    log = {"epoch": [2, 4, 6, 8], "recall@20": [0.2, 0.3, 0.1, 0.25]}
+    log |= {name: [4, 3, 2, 1] for name in convergence.CURVES if name not in log}
+    log |= {"seconds": [1, 2, 3, 4]}
+    columns = {name: np.array(values, float) for name, values in log.items()}
+    found = convergence.curve("Teacher", 0, columns)
+    assert (found["selected"], found["stopped"], found["seconds"]) == (4, 8, 4)
+    assert found["recall@20"] == 0.3 and found["curve"]["loss"] == [4, 3, 2, 1]
+
+
+def test_figure_4_has_teacher_and_student_apart(lab, monkeypatch):
+    told = {"Teacher": 0.2, "PromptMM": 0.1}
+    monkeypatch.setattr(sensitivity, "learn_all", lambda *_: None)
+    monkeypatch.setattr(sensitivity, "recall", lambda lab, job: told[job.model])
+    for row in sensitivity.figure4(lab, 1).rows:
+        assert {model: row[model]["mean"] for model in told} == told
+
+
+def test_time_is_saved_against_training_all_anew(lab, monkeypatch):
+    """The last row's seconds over each row's; what costs nothing has no factor."""
+    seconds = {"old": 0.0, "tuned": 2.0, "anew": 8.0}
+    figures = {"recall@20": 0.1, "ndcg@20": 0.2}
+    found = {way: figures | {"seconds": spent} for way, spent in seconds.items()}
+    monkeypatch.setattr(incremental, "increment", lambda *_: found)
+    rows = incremental.table7(lab, 2).rows
+    assert [row["times faster"] for row in rows] == ["", "4 x", "1 x"]
+    assert [row["time"] for row in rows] == ["0.00 s", "2.00 s", "8.00 s"]
+
+
+def test_table_4_compares_with_promptmm_too(lab, monkeypatch):
+    """One p is against LightGCN, the other against PromptMM."""
+    row = {metric: {"mean": 0.1, "std": 0, "runs": [0.1]} for metric in laboratory.SHOWN}
+    against = []
+
+    def compare(lab, title, jobs, counts, reference):
+        against.append(reference)
+        gain = {"recall@20": 0.0, "ndcg@20": 0.0}
+        rows = [{"model": name, "gain": gain} | row for name in jobs]
+        return [one | {"p_single": 0.5, "p_ndcg_single": 0.5} for one in rows]
+
+    def p_against(lab, jobs, reference):
+        against.append(reference)
+        return {name: 0.25 for name in jobs if name != reference}
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(comparison, "p_against", p_against)
+    monkeypatch.setattr(comparison, "weights_of", lambda *_: {})
+    rows = comparison.table4(lab, 1).rows
+    assert against == ["LightGCN", "PromptMM"]
+    assert {row["model"] for row in rows if "p_promptmm" not in row} == {"PromptMM"}
+
+
+def test_on_real_data_several_seeds_are_five(lab):
+    real = dataclasses.replace(lab, source="shop", seeds=0, quick=False)
+    embedded = dataclasses.replace(real, source="")
+    assert [real.count(n) for n in (1, 3, 5)] == [1, 5, 5]
+    assert [embedded.count(n) for n in (1, 3, 5)] == [1, 3, 5]
+    assert dataclasses.replace(real, seeds=2).count(5) == 2
+
+
+@pytest.mark.parametrize("model", ["LightGCN", laboratory.FUSED])
+def test_a_figure_is_judged_again_by_other_code(model, lab, config, monkeypatch):
+    """Also of a model that `--keep` takes from older code."""
+    calls = []
+    monkeypatch.setattr(
+        laboratory, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k)
+    )
+    lab = dataclasses.replace(lab, keep=True)
+    judge(lab, model, config)
+    judge(lab, model, config)
+    assert len(calls) == 1
+    file = laboratory.CODE / "evaluate.py"
+    other = laboratory.IMPORTED[file] + "\nLATER = 1"
+    monkeypatch.setitem(laboratory.IMPORTED, file, other)
+    laboratory.code_digest.cache_clear()
+    try:
+        judge(lab, model, config)
+    finally:
+        monkeypatch.undo()
+        laboratory.code_digest.cache_clear()
+    assert len(calls) == 2
+
+
+def test_code_is_what_was_imported(monkeypatch):
+    """A file that is edited while a process runs did not train its models."""
+    file = laboratory.CODE / "promptmm.py"
+    assert laboratory.IMPORTED[file] == file.read_text()
+    monkeypatch.setattr(Path, "read_text", lambda *_: "edited = True")
+    laboratory.code_digest.cache_clear()
+    found = laboratory.code_digest((file,))
+    monkeypatch.undo()
+    laboratory.code_digest.cache_clear()
+    assert found == laboratory.code_digest((file,))
 
 
 def test_a_fifth_of_the_interactions_arrives_later(tiny):

@@ -1,6 +1,7 @@
 """The prompt's experiments: each trains what it says, and answers from the numbers."""
 
 import dataclasses
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import replaced
 
 import promptmm
 from experiments import lab as laboratory, prompt as module
-from experiments.lab import Job, Lab, judge, learn, load_teacher, settings
+from experiments.lab import Job, Lab, judge, learn, load_teacher, recall, settings
 from experiments.prompt import (
     WAYS,
     Adapted,
@@ -178,6 +179,103 @@ def test_numbers_tuned_are_those_of_the_parameters(place):
         "W^m and b^m": reduction,
         "all anew, ids too": prompt + reduction + ids,
     }
+
+
+USERS = np.linspace(0, 1, 50)  # recall of 50 users, of one seed
+
+
+@pytest.fixture
+def bases(monkeypatch):
+    """The mean recalls of each pair of rows that are tested against each other."""
+    pairs = []
+
+    def compared_with(found, base):
+        pairs.append((found.mean().round(3), base.mean().round(3)))
+        return {"p_bootstrap": 0.5}
+
+    monkeypatch.setattr(module, "paired_test", compared_with)
+    return pairs
+
+
+def test_each_teacher_is_tested_against_the_first(place, monkeypatch, bases):
+    """Validation beside test, each by its own split."""
+    level = {0.0: 0.1, 0.2: 0.2, 1.0: 0.3}
+
+    def judged(lab, model, config, kind):
+        return {"recall@20": USERS + level[config.lambda_prompt]}
+
+    def validation(lab, job, split):
+        assert split == "val"
+        return level[job.config.lambda_prompt] / 2
+
+    teacher = types.SimpleNamespace(prompt_share=lambda: 0.25)
+    monkeypatch.setattr(module, "learn_all", lambda *_: None)
+    monkeypatch.setattr(module, "load_teacher", lambda *_: teacher)
+    monkeypatch.setattr(module, "judge", judged)
+    monkeypatch.setattr(module, "recall", validation)
+    jobs = {f"{one:g}": Job("Teacher", Config(lambda_prompt=one)) for one in level}
+    rows = module.compared(place, "a title", jobs, 2)
+    assert [row["test"]["mean"] for row in rows] == pytest.approx([0.6, 0.7, 0.8])
+    assert [row["validation"]["mean"] for row in rows] == pytest.approx([0.05, 0.1, 0.15])
+    assert bases == [(0.7, 0.6), (0.8, 0.6)] and "p" not in rows[0]
+
+
+def test_each_way_of_stage_2_is_tested_against_nothing(place, monkeypatch, bases):
+    level = {way: 0.1 * n for n, way in enumerate(WAYS)}
+    by_function = {function: level[way] for way, function in WAYS.items()}
+
+    def run(lab, config, chosen):
+        found = by_function[chosen]
+        values = {"values": USERS + found, "numbers": 7}
+        return values | {"validation": found / 2, "teacher": found / 4}
+
+    monkeypatch.setattr(module, "learn_all", lambda *_: None)
+    monkeypatch.setattr(module, "beside", run)
+    rows, _ = module.stage_2(place, 2)
+    assert [row["model"] for row in rows] == list(WAYS)
+    for row in rows:
+        found = level[row["model"]]
+        columns = [row[key]["mean"] for key in ("test", "validation", "teacher")]
+        assert columns == pytest.approx([0.5 + found, found / 2, found / 4])
+    assert bases == [(0.6, 0.5), (0.7, 0.5), (0.8, 0.5), (0.9, 0.5)]
+
+
+def test_later_data_are_compared_with_doing_nothing(place, monkeypatch, bases):
+    ways = "nothing", "the prompt", "W^m and b^m", "all anew, ids too"
+    level = dict(zip(ways, (0.1, 0.2, 0.3, 0.4), strict=True))
+
+    def run(lab, config):
+        return {
+            way: {"values": {"recall@20": USERS + one}, "numbers": 1, "seconds": 2.0}
+            for way, one in level.items()
+        }
+
+    monkeypatch.setattr(module, "adapted", run)
+    rows, _ = module.later(place, 2)
+    assert [row["test"]["mean"] for row in rows] == pytest.approx([0.6, 0.7, 0.8, 0.9])
+    assert bases == [(0.7, 0.6), (0.8, 0.6), (0.9, 0.6)]
+
+
+def test_figures_beside_a_teacher_are_of_their_splits(teaching):
+    """Validation excludes training alone, test validation too; the teacher's is its own."""
+    config = Config(dim=8, epochs=2, eval_every=1)
+    found = beside(teaching, config, WAYS["nothing"])
+    job, teacher = Job("PromptMM", config), Job("Teacher", config)
+    assert found["validation"] == pytest.approx(recall(teaching, job, "val"))
+    assert found["teacher"] == pytest.approx(recall(teaching, teacher, "val"))
+    assert found["teacher"] != found["validation"]
+
+
+def test_planted_teachers_differ_by_the_prompt(place, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        module, "compared", lambda lab, title, jobs, seeds: shown.update(jobs) or []
+    )
+    monkeypatch.setattr(module, "answer", lambda rows: "")
+    module.planted(place, 1)
+    shares = [job.config.lambda_prompt for job in shown.values()]
+    assert shares == [0.0, 0.2, 0.2]
+    assert [job.config.tokens for job in shown.values()][1:] == ["mean", "concat"]
 
 
 def test_an_answer_comes_from_the_numbers():
