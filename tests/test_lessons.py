@@ -252,10 +252,10 @@ def a_row(table):
     return 0
 
 
-def centred(logits, taught, own, told):
-    return F.mse_loss(
-        logits - logits.mean(1, keepdim=True), taught - taught.mean(1, keepdim=True)
-    )
+def alike(logits, taught, own, told):
+    """Cosines of pairs of items."""
+    own, told = (F.normalize(part, dim=1) for part in (own, told))
+    return F.mse_loss(own @ own.T, told @ told.T)
 
 
 def printed(logits, taught, own, told):
@@ -282,7 +282,7 @@ RIGHT = {
     "5_graph": [promptmm.adjacency],
     "6_noise": [the_core, p_value],
     "7_content": [leaks],
-    "8_four_ways": [centred, *lesson("8_four_ways")["WAYS"].values()],
+    "8_four_ways": [alike, *lesson("8_four_ways")["WAYS"].values()],
 }
 WRONG = {
     "1_ladder": {
