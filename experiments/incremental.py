@@ -13,10 +13,10 @@ from scipy import sparse
 from torch import Tensor
 
 from data import Sampler
-from evaluate import evaluate
 from experiments.lab import (
     Job,
     Lab,
+    figures,
     ids_settings,
     judge,
     learn_all,
@@ -117,7 +117,7 @@ def seconds_to_best(log: dict[str, np.ndarray]) -> float:
 
 def on_test(lab: Lab, student: Student) -> dict[str, float]:
     with torch.no_grad():
-        found = evaluate(*student(), lab.dataset.test, lab.dataset.train + lab.dataset.val)
+        found = figures(lab.dataset, student())
     return {metric: found[metric] for metric in METRICS}
 
 
@@ -158,7 +158,7 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
 
 def validation(lab: Lab, student: Student) -> float:
     with torch.no_grad():
-        return evaluate(*student(), lab.dataset.val, lab.dataset.train)["recall@20"]
+        return figures(lab.dataset, student(), "val")["recall@20"]
 
 
 def only_new(

@@ -16,13 +16,14 @@ from data import Sampler
 from distillers.common import lists_of, with_drawn
 from distillers.counterfactual import CKD, block_margins, weights_of
 from distillers.several_teachers import PRMKD, teacher_weights
-from evaluate import evaluate, fuse, one_scale
+from evaluate import fuse, one_scale
 from experiments.incremental import only_new
 from experiments.lab import (
     Job,
     Lab,
     each_alone,
     embeddings,
+    figures,
     learn_all,
     load_teacher,
     recall,
@@ -65,9 +66,7 @@ def by_seeds(differences) -> str:
 
 
 def recall_on_test(lab: Lab, pair: Pair) -> float:
-    dataset = lab.dataset
-    seen = dataset.train + dataset.val
-    return evaluate(*pair, dataset.test, seen)["recall@20"]
+    return figures(lab.dataset, pair)["recall@20"]
 
 
 # ------------------------------------------------------------ CKD

@@ -276,7 +276,8 @@ def code_digest(files: tuple[Path, ...]) -> str:
 
     With what this file adds to a model: who teaches it, and how it is judged.
     """
-    added = trained_pair, scaled, teachers_for, each_alone, ids_of, load_teacher, per_user
+    added = [trained_pair, scaled, teachers_for, each_alone, ids_of, load_teacher]
+    added += [per_user, figures]
     texts = (IMPORTED.get(file) or file.read_text() for file in files)
     code = [*texts, *map(inspect.getsource, added)]
     return digest([torch.__version__, *map(bare, code)])
@@ -585,10 +586,13 @@ def recall(lab: Lab, job: Job, split: str = "test") -> float:
 
 
 def per_user(lab: Lab, job: Job, split: str) -> dict[str, np.ndarray]:
-    dataset = lab.dataset
+    return figures(lab.dataset, embeddings(lab, *job), split, per_user=True)["per_user"]
+
+
+def figures(dataset: Dataset, pair, split: str = "test", per_user: bool = False) -> dict:
+    """Metrics of E_u [U, e], E_i [I, e]; what was known before a split is no candidate."""
     exclude = dataset.train if split == "val" else dataset.train + dataset.val
-    target = getattr(dataset, split)
-    return evaluate(*embeddings(lab, *job), target, exclude, per_user=True)["per_user"]
+    return evaluate(*pair, getattr(dataset, split), exclude, per_user=per_user)
 
 
 def spread(runs) -> dict:

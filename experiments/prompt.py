@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from data import Dataset
-from evaluate import evaluate, paired_test
+from evaluate import paired_test
 from experiments.incremental import split
 from experiments.lab import (
     Job,
     Lab,
     Values,
+    figures,
     ids_settings,
     judge,
     learn_all,
@@ -266,12 +267,10 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
         fit(run, "student", learner, groups, taught.width, terms, student, taught.refresh)
     with torch.no_grad():
         pair, theirs = student(), teacher.eval()()[:2]
-    seen = dataset.train + dataset.val
-    test = evaluate(*pair, dataset.test, seen, per_user=True)["per_user"]
-    found = {"values": test["recall@20"]}
+    found = {"values": figures(dataset, pair, per_user=True)["per_user"]["recall@20"]}
     found["numbers"] = sum(weight.numel() for weight in parameters)
     for key, ranked in (("validation", pair), ("teacher", theirs)):
-        found[key] = evaluate(*ranked, dataset.val, dataset.train)["recall@20"]
+        found[key] = figures(dataset, ranked, "val")["recall@20"]
     return found
 
 
@@ -349,11 +348,9 @@ def tune(
 
 
 def outcome(lab: Lab, teacher: Teacher, numbers: int, seconds: float) -> dict:
-    dataset = lab.dataset
     with torch.no_grad():
-        user, item, *_ = teacher()
-    seen = dataset.train + dataset.val
-    values: Values = evaluate(user, item, dataset.test, seen, per_user=True)["per_user"]
+        pair = teacher()[:2]
+    values: Values = figures(lab.dataset, pair, per_user=True)["per_user"]
     return {"values": values, "numbers": numbers, "seconds": seconds}
 
 

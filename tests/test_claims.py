@@ -135,6 +135,13 @@ def test_its_start_alone_is_kdsr_without_supervision(lab):
 SPREAD = np.array([0.0, 0.001, -0.001, 0.002, -0.002])  # over five seeds
 
 
+def test_recall_on_test_is_the_tables(lab):
+    job = Job("MostPop", settings(lab, ALONE))
+    pair = laboratory.embeddings(lab, *job)
+    expected = laboratory.recall(lab, job)
+    assert inside.recall_on_test(lab, pair) == pytest.approx(expected) and expected > 0
+
+
 @pytest.mark.parametrize(("alone", "expected"), [(0.2, "yes"), (0.05, "against")])
 def test_alone_against_the_mode_of_the_joint_teacher(lab, monkeypatch, alone, expected):
     monkeypatch.setattr(inside, "learn_all", lambda *_: None)

@@ -2046,6 +2046,22 @@ def test_figure_4_has_teacher_and_student_apart(lab, monkeypatch):
         assert {model: row[model]["mean"] for model in told} == told
 
 
+def test_fine_tuning_is_chosen_on_validation_and_shown_on_test(lab, config, monkeypatch):
+    asked = []
+
+    def told(dataset, pair, split="test"):
+        asked.append(split)
+        return {"recall@20": 0.1, "ndcg@20": 0.2}
+
+    monkeypatch.setattr(incremental, "figures", told)
+    student = promptmm.Student(lab.dataset.train, config)
+    _, new = incremental.split(lab.dataset.train, 0)
+    incremental.finetune(lab, student, new, config)
+    assert set(asked) == {"val"}
+    incremental.on_test(lab, student)
+    assert asked[-1] == "test"
+
+
 def test_time_is_saved_against_training_all_anew(lab, monkeypatch):
     """The last row's seconds over each row's; what costs nothing has no factor."""
     seconds = {"old": 0.0, "tuned": 2.0, "anew": 8.0}

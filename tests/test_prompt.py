@@ -21,6 +21,7 @@ from experiments.prompt import (
     beside,
     entangled,
     moved,
+    outcome,
     tune,
 )
 from promptmm import Config, Run, Teacher, on_one_scale, stage_two, train_teacher
@@ -264,6 +265,14 @@ def test_figures_beside_a_teacher_are_of_their_splits(teaching):
     assert found["validation"] == pytest.approx(recall(teaching, job, "val"))
     assert found["teacher"] == pytest.approx(recall(teaching, teacher, "val"))
     assert found["teacher"] != found["validation"]
+
+
+def test_an_outcome_is_the_teachers_on_test(teaching):
+    config = Config(dim=8, epochs=2, eval_every=1)
+    found = outcome(teaching, load_teacher(teaching, config), 3, 2.0)
+    expected = judge(teaching, "Teacher", config)
+    assert all(np.array_equal(found["values"][key], expected[key]) for key in expected)
+    assert (found["numbers"], found["seconds"]) == (3, 2.0)
 
 
 def test_planted_teachers_differ_by_the_prompt(place, monkeypatch):
