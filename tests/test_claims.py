@@ -23,7 +23,7 @@ from experiments import (
     tune,
 )
 from experiments.inside import Finding, Watched, in_mode, order
-from experiments.lab import Lab, holm, learn, settings
+from experiments.lab import Job, Lab, holm, learn, settings
 from experiments.questions import ALONE, CKD, KDSR, PRM, TABLES, full_is_best, outcome
 from promptmm import Run, Teacher
 
