@@ -40,6 +40,7 @@ from experiments.errata import errata
 from experiments.incremental import table7
 from experiments.lab import (
     CORE,
+    IMPORTED,
     Lab,
     bare,
     code_digest,
@@ -150,8 +151,8 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
         models = [code_digest(sources(model)) for model in trained]
     else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(profile.__file__), *CORE]
-    code = [bare(file.read_text()) for file in files]
+    parts = (one for one in sorted(IMPORTED) if one.parent == Path(__file__).parent)
+    code = [bare(IMPORTED[one]) for one in (*parts, Path(profile.__file__), *CORE)]
     seeds = lab.count(part.seeds)
     before = earlier(lab) if part.name == "claims" else {}
     return digest([models, code, seeds, lab.quick, str(lab.out), more, before])
@@ -182,7 +183,7 @@ def parse(argv: list[str]) -> Namespace:
         "--data", default="", help="dataset folder (default: the embedded data)"
     )
     parser.add_argument(
-        "--seeds", type=int, default=0, help="runs a model (default: the part's)"
+        "--seeds", type=int, default=0, help="runs a model (default: the part's own)"
     )
     parser.add_argument(
         "--tries", type=int, default=16, help="of tune, a model (default: 16)"

@@ -4,7 +4,7 @@
 
 A claim survives if it holds, by p < .05 after Holm's adjustment and in four of five seeds,
 on both real datasets; else it survives on one, is refuted (significant the other way) or is
-not reproduced. Fewer than five seeds give no verdict. It is about this student and these
+not reproduced. Fewer than five seeds give none. A verdict is about this student and these
 data, with formulas that are partly ours: "not reproduced" does not say that a paper is
 wrong. Most are answered by a table of models (questions.py); C-1, C-4, P-3, P-4 look inside
 one (inside.py), as D-1 and D-3 do (forgetting.py).
@@ -32,13 +32,13 @@ def verdict(outcomes: dict[str, str]) -> str:
     >>> verdict({"tiktok": "yes", "citeulike": "yes"}), verdict({"tiktok": "yes"})
     ('survives', 'survives on tiktok; citeulike: not asked')
     >>> verdict({"tiktok": "no", "citeulike": "against"}), verdict({"synthetic": "yes"})
-    ('refuted on citeulike', 'not asked of real data')
+    ('refuted on citeulike', 'not asked of real data with five seeds')
     >>> verdict({"tiktok": "no", "citeulike": "no"}), verdict({"tiktok": ""})
     ('not reproduced', 'no claim')
     """
     found = {name: outcomes[name] for name in REAL if name in outcomes}
     if not found:
-        return "not asked of real data"
+        return "not asked of real data with five seeds"
     if not any(found.values()):
         return "no claim"
     words = []

@@ -21,8 +21,8 @@ from experiments.lab import (
     settings,
     spread,
 )
+from experiments.methods import UNTAUGHT
 from experiments.publish import plain
-from experiments.questions import UNTAUGHT
 from promptmm import Config
 
 

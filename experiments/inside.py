@@ -218,11 +218,12 @@ def memory(lab: Lab, seeds: int) -> Finding:
 
 @torch.no_grad()
 def mean_weights(method: PRMKD, joint: Pair, taken, of) -> list[float]:
-    """w_t, mean over lists whose positive is an interaction of `of`, alone of `taken`.
+    """w_t, mean over lists whose positive is in `of`, and of which no other is in `taken`.
 
-    taken, of: CSR [U, I]. The lists are PRM-KD's, with nothing else that the user took.
+    taken, of: CSR [U, I]. The lists are PRM-KD's.
     """
     run, config = method.run, method.config
+    torch.manual_seed(config.seed)  # the lists' own items are drawn by torch's generator
     lists = lists_of(replace(run, dataset=replace(run.dataset, train=taken)), joint)
     generator = torch.Generator(run.device).manual_seed(0)
     sampled = Sampler(taken, run.device).epoch(generator, lists.width - 1)

@@ -270,17 +270,28 @@ def ancestry(kind: type) -> list[type]:
     return [one for one in kind.__mro__ if one not in nn.Module.__mro__]
 
 
+ADDED = (  # functions of this file: who teaches a model, how it is judged
+    "trained_pair",
+    "scaled",
+    "teachers_for",
+    "each_alone",
+    "ids_of",
+    "load_teacher",
+    "per_user",
+    "figures",
+)
+
+
 @cache
 def code_digest(files: tuple[Path, ...]) -> str:
     """Of what the code does: comments and docstrings do not count, torch's version does.
 
-    With what this file adds to a model: who teaches it, and how it is judged.
+    With what this file adds to a model: ADDED.
     """
-    added = [trained_pair, scaled, teachers_for, each_alone, ids_of, load_teacher]
-    added += [per_user, figures]
-    texts = (IMPORTED.get(file) or file.read_text() for file in files)
-    code = [*texts, *map(inspect.getsource, added)]
-    return digest([torch.__version__, *map(bare, code)])
+    here = ast.parse(IMPORTED[Path(__file__).resolve()]).body
+    own = [ast.unparse(one) for one in here if getattr(one, "name", "") in ADDED]
+    code = [IMPORTED.get(file) or file.read_text() for file in files]
+    return digest([torch.__version__, *map(bare, code + own)])
 
 
 @cache
@@ -563,7 +574,7 @@ def judge(
     """Metrics of each evaluated user [n] by name; on test, of the selected epoch only."""
     if is_untrained(model):
         return per_user(lab, Job(model, config), split)
-    judged_by = [CODE / "evaluate.py"]  # with --keep older than the model it may not be
+    judged_by = [CODE / "evaluate.py"]  # --keep takes older models, never older figures
     if model == FUSED:  # kept beside its LightGCN
         judged_by.append(Path(inspect.getsourcefile(profile)))
         name = f"fused-{lab.fingerprint[:12]}-{split}"

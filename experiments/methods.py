@@ -36,6 +36,12 @@ from promptmm import Config
 
 ALONE = "LightGCN"
 START = "LightGCN, content start"  # the control of KDSR
+UNTAUGHT = {
+    "start": "content",
+    "lambda_holistic": 0.0,
+    "lambda_dissected": 0.0,
+    "slow": 1.0,
+}
 NEIGHBOURS = ("CKD", "PRM-KD (ours after 002)", "KDSR")
 FOUR = ("PromptMM", *NEIGHBOURS)
 TAUGHT_BY = {
@@ -109,9 +115,8 @@ def rows_of(lab: Lab) -> dict[str, Job]:
 
 def content_start(lab: Lab) -> Job:
     """LightGCN under its own settings, the item table started at the features."""
-    none = {"lambda_holistic": 0.0, "lambda_dissected": 0.0, "slow": 1.0}
     alone = {name: getattr(settings(lab, ALONE), name) for name in STUDENT}
-    return Job("KDSR", replace(settings(lab, "KDSR"), start="content", **none, **alone))
+    return Job("KDSR", replace(settings(lab, "KDSR"), **UNTAUGHT, **alone))
 
 
 def learn_teachers(lab: Lab, jobs: list[Job], seeds: int) -> None:

@@ -49,17 +49,21 @@ def test_a_claim_holds_by_p_and_by_seeds():
     assert outcome(row([0.2] * 5, p=0.06), base) == "no"
     assert outcome(row([0.05] * 5), base) == "against"
     assert outcome(row([0.05] * 5), base, sign=-1) == "yes"
-    judged = full_is_best("full")
+    judged = full_is_best("full", ("a", "b"))
     worse, better, same = row([0.05] * 5), row([0.2] * 5), row([0.1] * 5, p=1.0)
     assert judged(None, {"full": base, "a": worse, "b": worse}) == "yes"
     assert judged(None, {"full": base, "a": worse, "b": same}) == "no"  # each part, not one
-    assert judged(None, {"full": base, "a": worse, "b": better}) == "against"
+    assert judged(None, {"full": base, "a": worse, "variant": same}) == "yes"
+    assert judged(None, {"full": base, "a": worse, "variant": better}) == "against"
     assert judged(None, {"full": base, "a": row([0.05] * 5, p=0.5)}) == "no"
     two_seeds_differ = row([0.05, 0.05, 0.05, 0.12, 0.12])
     assert judged(None, {"full": base, "a": two_seeds_differ}) == "no"
 
 
 JUDGED = [  # a claim, recalls of its rows, what that says
+    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "λ_g = 0": 0.1, "one block for all": 0.2}, "yes"),
+    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "λ_g = 0": 0.2}, "no"),
+    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "one block for all": 0.3}, "against"),
     ("C-3", {CKD: 0.2, ALONE: 0.1}, "yes"),
     ("C-3", {CKD: 0.1, ALONE: 0.2}, "against"),
     ("P-2", {"both": 0.2, "uniform": 0.1}, "yes"),
@@ -251,21 +255,12 @@ def test_forgetting_is_a_fall_that_supervision_holds(
     lab, monkeypatch, start, alone, last, expected
 ):
     """A fall from the content start under BPR alone, and full KDSR above BPR alone."""
-    means = iter([start, alone, 0.3, 0.3, last])
+    runs = iter([*(mean - SPREAD for mean in (start, alone, 0.3, 0.3)), last + SPREAD])
 
     def kept(lab, tables):
-        noise = SPREAD if next_is_last() else -SPREAD
-        runs = [
-            mean + n for mean, n in zip([next(means)] * len(tables), noise, strict=False)
-        ]
-        return {"mean": laboratory.spread(runs)}
+        return {"mean": laboratory.spread(next(runs)[: len(tables)])}
 
-    calls = []
-
-    def next_is_last():
-        calls.append(0)
-        return len(calls) == 5
-
+    lab = dataclasses.replace(lab, chosen={KDSR: {"start": "fresh"}})  # the search's own
     taught = []
     monkeypatch.setattr(
         forgetting, "learn_all", lambda lab, title, jobs: taught.append(jobs[0].config)

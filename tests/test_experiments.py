@@ -1528,18 +1528,19 @@ def test_the_cache_knows_the_comparison_model_that_teaches(lab, config):
     assert {"lattice.py", "frozen.py", "promptmm.py"} <= files
 
 
-@pytest.mark.parametrize("name", ["scaled", "teachers_for", "per_user"])
-def test_the_cache_knows_what_the_lab_adds_to_a_model(name, lab, config, monkeypatch):
-    digest, source = laboratory.code_digest.__wrapped__, inspect.getsource
+@pytest.mark.parametrize("name", laboratory.ADDED)
+def test_the_cache_knows_what_the_lab_adds_to_a_model(name, monkeypatch):
+    """As it was imported: nothing that is written to the file meanwhile."""
+    digest = laboratory.code_digest.__wrapped__
     files = laboratory.sources("PromptMM")
-
-    def changed(function) -> str:
-        text = source(function)
-        return text + "    1 + 1\n" if function.__name__ == name else text
-
+    here = Path(laboratory.__file__)
+    text = laboratory.IMPORTED[here]
     before = digest(files)
-    monkeypatch.setattr(inspect, "getsource", changed)
-    assert digest(files) != before == laboratory.code_digest(files)
+    monkeypatch.setitem(laboratory.IMPORTED, here, "OTHER = 1\n" + text)
+    assert digest(files) == before
+    body = text.index("\n    ", text.index(f"def {name}("))
+    monkeypatch.setitem(laboratory.IMPORTED, here, f"{text[:body]}\n    1 + 1{text[body:]}")
+    assert digest(files) != before
 
 
 def test_what_a_finished_part_depends_on(lab, monkeypatch):
@@ -2127,28 +2128,24 @@ def test_a_figure_is_judged_again_by_other_code(model, lab, config, monkeypatch)
     judge(lab, model, config)
     judge(lab, model, config)
     assert len(calls) == 1
-    file = laboratory.CODE / "evaluate.py"
-    other = laboratory.IMPORTED[file] + "\nLATER = 1"
-    monkeypatch.setitem(laboratory.IMPORTED, file, other)
-    laboratory.code_digest.cache_clear()
-    try:
+    monkeypatch.setattr(laboratory, "code_digest", laboratory.code_digest.__wrapped__)
+    judging = ["evaluate.py"] + ["baselines/profile.py"] * (model == laboratory.FUSED)
+    for n, name in enumerate(judging):
+        file = laboratory.CODE / name
+        monkeypatch.setitem(
+            laboratory.IMPORTED, file, laboratory.IMPORTED[file] + "\nX = 1"
+        )
         judge(lab, model, config)
-    finally:
-        monkeypatch.undo()
-        laboratory.code_digest.cache_clear()
-    assert len(calls) == 2
+        assert len(calls) == n + 2
 
 
 def test_code_is_what_was_imported(monkeypatch):
     """A file that is edited while a process runs did not train its models."""
     file = laboratory.CODE / "promptmm.py"
     assert laboratory.IMPORTED[file] == file.read_text()
+    before = laboratory.code_digest.__wrapped__((file,))
     monkeypatch.setattr(Path, "read_text", lambda *_: "edited = True")
-    laboratory.code_digest.cache_clear()
-    found = laboratory.code_digest((file,))
-    monkeypatch.undo()
-    laboratory.code_digest.cache_clear()
-    assert found == laboratory.code_digest((file,))
+    assert laboratory.code_digest.__wrapped__((file,)) == before
 
 
 def test_a_fifth_of_the_interactions_arrives_later(tiny):

@@ -374,13 +374,11 @@ def test_a_damaged_file_of_the_cache_is_named(name, how, lab):
     config = laboratory.settings(lab, "LightGCN")
     folder = learn(lab, "LightGCN", config)
     judge(lab, "LightGCN", config)
-    if name == "test.npz":
-        [name] = [file.name for file in folder.glob("test-*.npz")]
-    whole = (folder / name).read_bytes()
+    file = next(folder.glob("test-*.npz")) if name == "test.npz" else folder / name
     if how == "bit":
-        flip(folder / name, random.Random(0))
+        flip(file, random.Random(0))
     else:
-        (folder / name).write_bytes(DAMAGE[how](whole))
+        file.write_bytes(DAMAGE[how](file.read_bytes()))
     uses = {
         "test.npz": lambda: judge(lab, "LightGCN", config),
         "embeddings.npz": lambda: judge(lab, "LightGCN", config, split="val"),
@@ -392,9 +390,8 @@ def test_a_damaged_file_of_the_cache_is_named(name, how, lab):
             Job("LightGCN", config),
         ),
     }
-    use = uses.get(name, uses["test.npz"])
-    with pytest.raises(DataError, match=f"{name}: cannot be read"):
-        use()
+    with pytest.raises(DataError, match=f"{file.name}: cannot be read"):
+        uses[name]()
 
 
 @pytest.mark.parametrize("how", ["empty", "binary", "result"])
