@@ -848,7 +848,10 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
 
 
 def on_one_scale(teacher: Teacher, fixed: dict | None = None) -> Callable[[], Encoded]:
-    """The teacher, all logits divided by their standard deviation of now (errata P14)."""
+    """The teacher, its logits over the deviation that they have now (errata P14).
+
+    fixed: of `Teacher.fixed`, once θ_T is frozen.
+    """
     first = teacher(fixed)
     size = spread(*first[:2])
     sizes = {m: spread(user, first.item_modal[m]) for m, user in first.user_modal.items()}
@@ -875,7 +878,8 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
         student.item.data.copy_(teacher.item)
     taught = Distillation(run, encode)
     learner = nn.ModuleDict({"student": student, "project": taught.project})
-    groups = [{"params": list(learner.parameters()), "lr": config.lr_student}]
+    own = list(learner.parameters())  # as of now, without the prompt
+    groups = [{"params": own, "lr": config.lr_student}]
     if teacher and teacher.prompt.weight.requires_grad:
         learner["prompt"] = teacher.prompt
         groups.append({"params": teacher.prompt.parameters(), "lr": config.lr_prompt})

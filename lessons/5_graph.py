@@ -92,7 +92,7 @@ def show(found: dict) -> str:
 
 
 def claim(found: dict) -> bool:
-    """Both losses fall; over the wrong graph the ranking is hardly popularity's."""
+    """Both losses fall; over the wrong graph the ranking is about popularity's."""
     wrong, right = ([*found[name].values()] for name in ("matrix 1", "matrix 2"))
     falls = all(float(run[1]) < float(run[0]) for run in (wrong, right))
     low = float(wrong[2]) < min(found["popular"] + 0.03, float(right[2]) - 0.03)

@@ -93,7 +93,7 @@ def show(found: dict) -> str:
 
 def claim(found: dict) -> bool:
     """Users alone find differences where there are none; with the seeds drawn, hardly."""
-    return found["both"] <= 0.05 < found["users"] and found["stars"] >= 0.2
+    return found["both"] <= 0.05 < found["users"] and found["stars"] > 0.27
 
 
 # %% [markdown]

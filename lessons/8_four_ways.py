@@ -88,10 +88,10 @@ def show(found: dict) -> str:
 
 def claim(found: dict) -> bool:
     """What sees a list and no offset is best, scores are worst; both identities hold."""
-    alone, _, scores, less, margins, lists, embeddings, *pairs = found.values()
-    same = all(abs(a - b) < 1e-3 for a, b in pairs)
-    best = min(less, lists) > max(margins, embeddings, alone + 0.015)
-    return same and best and scores < min(alone, margins)
+    lists = min(found["lists, Eq. 10"], found["scores less their list's mean"])
+    others = max(found["margins, Eq. 5"], found["embeddings, without a map"])
+    same = all(abs(a - b) < 1e-3 for a, b in list(found.values())[-2:])
+    return same and lists - found["LightGCN"] > 0.015 and lists > others > found["scores"]
 
 
 # %% [markdown]

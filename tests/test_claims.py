@@ -223,6 +223,7 @@ def test_the_order_of_teachers_on_what_they_have_not_seen(lab, monkeypatch, unse
     train, val = lab.dataset.train.nnz, lab.dataset.val.nnz
     assert asked == [(train, train), (train + val, val)]
     assert [row["val"] for row in found.rows] == list(unseen) and found.outcome == same
+    assert [row["teacher"] for row in found.rows] == ["joint", "lightgcn", "spectral"]
 
 
 def test_a_list_for_an_unseen_positive_holds_nothing_else_taken(lab, monkeypatch):
