@@ -404,3 +404,11 @@ def test_every_claim_is_asked_and_five_seeds_settle_it(lab, monkeypatch, seeds, 
     assert all(row["verdict"].startswith(verdict) for row in rows)
     page = (laboratory.CODE / "docs" / "methods.md").read_text()
     assert all(name in page for name in names)
+
+
+def test_the_page_says_what_the_claims_found():
+    """The table of docs/methods.md beside results/tiktok/claims.json."""
+    page = (laboratory.CODE / "docs" / "methods.md").read_text()
+    file = laboratory.CODE / "results" / "tiktok" / "claims.json"
+    for row in json.loads(file.read_text())["rows"]:
+        assert f"| {row['id']} | {row['claim']} | {row['here']} |\n" in page
