@@ -942,6 +942,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_or_word(text: str) -> float | str:
+    """What a flag of type float | str means; argparse names this function if it fails."""
     return text if text.isalpha() else float(text)
 
 

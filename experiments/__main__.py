@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import data
 import experiments.lab
-from baselines import MODELS, profile
+from baselines import MODELS
 from data import DataError, Parser, need, write
 from distillers import METHODS
 from experiments import bench
@@ -39,6 +39,7 @@ from experiments.cost import table6
 from experiments.errata import errata
 from experiments.incremental import table7
 from experiments.lab import (
+    CODE,
     CORE,
     IMPORTED,
     Lab,
@@ -151,8 +152,9 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
         models = [code_digest(sources(model)) for model in trained]
     else:
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
-    parts = (one for one in sorted(IMPORTED) if one.parent == Path(__file__).parent)
-    code = [bare(IMPORTED[one]) for one in (*parts, Path(profile.__file__), *CORE)]
+    parts = [one for one in sorted(IMPORTED) if one.parent.name == "experiments"]
+    files = [*parts, CODE / "baselines" / "profile.py", *CORE]
+    code = [bare(IMPORTED[file]) for file in files]
     seeds = lab.count(part.seeds)
     before = earlier(lab) if part.name == "claims" else {}
     return digest([models, code, seeds, lab.quick, str(lab.out), more, before])
@@ -183,7 +185,7 @@ def parse(argv: list[str]) -> Namespace:
         "--data", default="", help="dataset folder (default: the embedded data)"
     )
     parser.add_argument(
-        "--seeds", type=int, default=0, help="runs a model (default: the part's own)"
+        "--seeds", type=int, default=0, help="runs a model (default: the part's)"
     )
     parser.add_argument(
         "--tries", type=int, default=16, help="of tune, a model (default: 16)"

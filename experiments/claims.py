@@ -4,7 +4,7 @@
 
 A claim survives if it holds, by p < .05 after Holm's adjustment and in four of five seeds,
 on both real datasets; else it survives on one, is refuted (significant the other way) or is
-not reproduced. Fewer than five seeds give none. A verdict is about this student and these
+not reproduced. Fewer than five seeds give no verdict. Each is about this student and these
 data, with formulas that are partly ours: "not reproduced" does not say that a paper is
 wrong. Most are answered by a table of models (questions.py); C-1, C-4, P-3, P-4 look inside
 one (inside.py), as D-1 and D-3 do (forgetting.py).

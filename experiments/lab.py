@@ -253,7 +253,7 @@ def sources(model: str, kind: type = Teacher) -> tuple[Path, ...]:
         own += [distillers.common, METHODS[model], *neighbours(METHODS[model])]
     if kind is not Teacher:
         own += ancestry(kind)
-    files = {Path(inspect.getsourcefile(part)) for part in own}
+    files = {Path(inspect.getsourcefile(part)).resolve() for part in own}
     return CORE + tuple(sorted(files - {CODE / file.name for file in CORE}))
 
 
@@ -576,7 +576,7 @@ def judge(
         return per_user(lab, Job(model, config), split)
     judged_by = [CODE / "evaluate.py"]  # --keep takes older models, never older figures
     if model == FUSED:  # kept beside its LightGCN
-        judged_by.append(Path(inspect.getsourcefile(profile)))
+        judged_by.append(CODE / "baselines" / "profile.py")
         name = f"fused-{lab.fingerprint[:12]}-{split}"
         folder = learn(lab.beneath or lab, "LightGCN", ids_settings(lab, config))
     else:

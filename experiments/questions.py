@@ -64,8 +64,8 @@ def full_is_best(
         if any(outcome(row, full) == "yes" for row in others):
             return "against"
         lacking = [rows[name] for name in parts if name in rows]
-        worse = all(outcome(row, full, sign=-1) == "yes" for row in lacking)
-        return "yes" if worse else "no"
+        worse = [outcome(row, full, sign=-1) == "yes" for row in lacking]
+        return "yes" if worse and all(worse) else "no"
 
     return judged
 

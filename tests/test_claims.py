@@ -56,6 +56,7 @@ def test_a_claim_holds_by_p_and_by_seeds():
     assert judged(None, {"full": base, "a": worse, "variant": same}) == "yes"
     assert judged(None, {"full": base, "a": worse, "variant": better}) == "against"
     assert judged(None, {"full": base, "a": row([0.05] * 5, p=0.5)}) == "no"
+    assert judged(None, {"full": base, "variant": same}) == "no"  # nothing lacks a part
     two_seeds_differ = row([0.05, 0.05, 0.05, 0.12, 0.12])
     assert judged(None, {"full": base, "a": two_seeds_differ}) == "no"
 

@@ -1543,6 +1543,24 @@ def test_the_cache_knows_what_the_lab_adds_to_a_model(name, monkeypatch):
     assert digest(files) != before
 
 
+def test_a_clone_behind_a_link_is_the_same(tmp_path):
+    """A part runs there, and what it has finished is known by the same stamp."""
+    (tmp_path / "link").symlink_to(CODE)
+    stamps = []
+    for folder in (CODE, tmp_path / "link"):
+        code = (
+            f"import sys; sys.path.insert(0, {str(folder)!r});"
+            "from experiments.__main__ import PARTS, laboratory, parse, state_of;"
+            "lab = laboratory(parse(['table3', '--quick']));"
+            "print(state_of(lab, PARTS['table3'], {}))"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        stamps.append(done.stdout)
+    assert stamps[0] == stamps[1]
+
+
 def test_what_a_finished_part_depends_on(lab, monkeypatch):
     """Seeds, what was asked, and every file that experiments are made of."""
     lab, part = dataclasses.replace(lab, seeds=0), PARTS["table5"]
