@@ -260,16 +260,17 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal directions of x [I, d_m], and the deviation along each.
+    """The first principal directions of x [I, d_m] about the origin, and the deviation
+    from it along each, a root mean square.
 
     -> [d_m, k], [k] with k = min(count, d_m). Eigenvectors are unique up to their sign: the
     largest entry of each is made positive (errata P10).
     """
     n_items, d_m = x.shape
     chunks = (rows.double() for rows in x.split(4096))  # one at a time: all would be 2 x
-    covariance = sum(rows.T @ rows for rows in chunks) / n_items  # [d_m, d_m]
+    moment = sum(rows.T @ rows for rows in chunks) / n_items  # [d_m, d_m]
     largest = [max(0, d_m - count), d_m - 1]  # of the eigenvalues, which ascend
-    values, vectors = linalg.eigh(covariance.cpu().numpy(), subset_by_index=largest)
+    values, vectors = linalg.eigh(moment.cpu().numpy(), subset_by_index=largest)
     values, vectors = values[::-1], vectors[:, ::-1]  # [k], [d_m, k]
     peak = np.abs(vectors).argmax(0)[None]
     sign = np.sign(np.take_along_axis(vectors, peak, 0))
@@ -278,7 +279,7 @@ def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def tokens(x: Tensor, axes: Tensor, deviation: Tensor, dim: int) -> Tensor:
-    """η(x^m) of Eq. 3: principal components of x [I, d_m] -> [I, d], unit variance.
+    """η(x^m) of Eq. 3: principal components of x [I, d_m] -> [I, d], unit mean square.
 
     axes, deviation: from `principal`. Components below 1e-6 of the largest deviation, and
     those beyond d_m, are zero.

@@ -133,7 +133,7 @@ def metrics(
 
 # ------------------------------------------------------------ rankings added up
 
-WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # that it tries beside 0
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # that line_search tries, besides 0
 
 
 def deviation(user: Tensor, item: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def spread(user: Tensor, item: Tensor) -> float:
 
 
 def one_scale(pair: Pair) -> Pair:
-    """The same ranking, its scores over each user's standard deviation over all items.
+    """The same ranking, each user's scores divided by their deviation over all items.
 
     A user to whom all items are equal becomes zero.
     """
@@ -257,7 +257,7 @@ def best_unobserved(
     """Each user's n best items without a training interaction, and their scores: [U, n].
 
     Validation and test items are among them where the teacher ranks them high: they are
-    ranked, not looked up. Who has fewer than n left gets the best one again.
+    ranked, not looked up. Of fewer than n left the best is repeated.
     """
     n = min(n, len(item))
     chunk = max(1, CHUNK_SCORES // len(item))

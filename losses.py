@@ -1,9 +1,10 @@
 """The objective, term by term: three distillation losses, and BPR (Section 3.2).
 
 Pure functions of tensors and numbers, each a mean over batch or items, so that no weight
-depends on the batch size (errata P8). `list_kd` and `embed_kd` take *one modality's*
-targets; the caller sums over m. Nothing here detaches an argument: prompt tuning needs the
-gradient on the teacher's side.
+depends on the batch size (errata P8). `list_kd` and `embed_kd` take one target: for lists
+that is the joint teacher's logits by default, or one modality's (errata P14); the caller
+sums. Nothing here detaches an argument: prompt tuning needs the gradient on the teacher's
+side.
 
 Read in the paper's order: Eq. 5, 6-7, 8-10 and 14-16, 11, 13; `promptmm.student_terms` adds
 them up (Eq. 12).
@@ -74,20 +75,21 @@ def list_kd(
     beta: float | str = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """List-wise distillation of one modality: Eq. 10, signs corrected (errata P2).
+    """List-wise distillation from one target: Eq. 10, signs corrected (errata P2).
 
         τ² · mean [ α KL(b_T ‖ b_S) + β KL(q_T ‖ q_S) ]
 
     logits [B, K] -> []. The paper's own weights are α = 1, β = b-_T = 1 - b+_T, and that is
-    plain KL again. With π = softmax(y / τ):
+    plain KL again. For π = softmax(y / τ): π_1 = b+ and π_k = b- q_k for k ≥ 2 (Eq. 9,
+    Eq. 15), so
 
         KL(π_T ‖ π_S) = Σ_k π_k^T log(π_k^T / π_k^S)          (Eq. 14; k = 1 apart: Eq. 8)
-        π_1 = b+,  π_k = b- q_k for k ≥ 2                     (Eq. 9, Eq. 15)
                       = KL(b_T ‖ b_S) + b-_T KL(q_T ‖ q_S)    (Eq. 16)
 
     An identity re-weights nothing, so `beta="identity"` *is* the ablation "w/o disentangle"
     (errata P3). Constants α, β, free of the teacher's confidence, are the re-weighting
-    (decoupled distillation, Zhao et al., CVPR 2022). Raises ValueError for another text.
+    (decoupled distillation, Zhao et al., CVPR 2022). Raises ValueError for another
+    string.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(list_kd(student, teacher, beta="identity").item(), 4)  # equals kl(...) below
@@ -132,7 +134,8 @@ def embed_kd(student_item: Tensor, modal_item: Tensor, gamma: float = 2.0) -> Te
 
         mean over items of (1 - cos(e_i, f_i))^γ,   γ ≥ 1
 
-    student_item, modal_item [I, d] -> []; items only, as users have no content. A row
+    student_item, mapped to the teacher's width, and modal_item: [n, d_T] each -> []; items
+    only, as users have no content. A row
     without a direction (norm < 1e-6 on either side) counts as cos = 0 and sends no
     gradient. Raises ValueError for γ < 1.
 
@@ -143,13 +146,13 @@ def embed_kd(student_item: Tensor, modal_item: Tensor, gamma: float = 2.0) -> Te
     """
     if gamma < 1:
         raise ValueError(f"gamma: expected at least 1, found {gamma}")
-    student_norm = student_item.norm(dim=-1)  # [I]
-    modal_norm = modal_item.norm(dim=-1)  # [I]
-    directed = (student_norm >= 1e-6) & (modal_norm >= 1e-6)  # [I]
+    student_norm = student_item.norm(dim=-1)  # [n]
+    modal_norm = modal_item.norm(dim=-1)  # [n]
+    directed = (student_norm >= 1e-6) & (modal_norm >= 1e-6)  # [n]
     # The quotient must be safe on *both* branches of `where`, or backward makes NaN.
-    product = torch.where(directed, student_norm * modal_norm, 1.0)  # [I]
-    dot = (student_item * modal_item).sum(-1)  # [I]
-    cosine = torch.where(directed, dot / product, 0.0)  # [I]
+    product = torch.where(directed, student_norm * modal_norm, 1.0)  # [n]
+    dot = (student_item * modal_item).sum(-1)  # [n]
+    cosine = torch.where(directed, dot / product, 0.0)  # [n]
     error = (1 - cosine).clamp(min=0)  # float32 cosines can exceed 1
     return error.pow(gamma).mean()
 

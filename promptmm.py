@@ -5,7 +5,7 @@ Prompt-Tuning", WWW 2024. This file follows Section 3, each part after what it n
 
     settings    Config: every setting, with its source
     graph       Â and LightGCN propagation
-    prompt      tokens η(x^m) and the prompt module P           Eq. 3
+    prompt      the prompt module P, over data.tokens' η(x^m)   Eq. 3
     teacher     prompted reduction, modal propagation, fusion   Eq. 4, Eq. 1
     student     LightGCN                                        Eq. 2
     objectives  of stage 1 and of stage 2                       Eq. 13, Eq. 12
@@ -27,13 +27,21 @@ code).
     η(x^m)                  tokens: their mean, or side by side       [I, width]
     p, p^m                  p; p^m is never formed                    [I, d], [I, d_m]
     θ_P                     theta: W_Pᵀ stacked on b_P                [width+1, d]
+    W^m, b^m                teacher.reduction: weight.T, bias         [d_m, d_T], [d_T]
     f^m                     reduced[m]                                [I, d_T]
     F_u^m, F_i^m            user_modal[m], item_modal[m]              [U, d_T], [I, d_T]
+    w_m                     teacher.weights                           [|M|]
+    LightGCN's E_u, E_i     teacher.user, teacher.item                [U, d], [I, d]
     E_u^T, E_i^T            teacher_user, teacher_item                [U, D], [I, D]
     E_u^S, E_i^S            student_user, student_item                [U, d], [I, d]
     y_list                  logits, column 0 the positive; a list of  [B, K]
                             best items has BPR's negative, too        [B, K+1]
     y_pair, inside its σ    margin(logits)                            [B]
+    b, q                    log_b, log_q of losses.disentangle        [B, 2], [B, K-1]
+
+Sizes: B training edges of a step, [E] all of them; K = 1 + negatives; N = list_pool; d =
+dim; d_T = min(dim_teacher, d_m), so it may differ by modality; D = d + Σ d_T over those of
+weight > 0; width = d, or |M| d with --tokens concat.
 """
 
 import argparse
@@ -56,6 +64,7 @@ from torch import Tensor, nn
 import data
 from data import Dataset, Parser, Sampler, need, write
 from evaluate import (
+    Pair,
     best_unobserved,
     evaluate,
     fuse,
@@ -69,9 +78,8 @@ from evaluate import (
 from losses import bpr_loss, embed_kd, l2_penalty, list_kd, pair_kd
 
 Device = torch.device | str
-EMBED_SAMPLE = 512  # items at a step that Eq. 11 is averaged over
+EMBED_SAMPLE = 512  # at most so many items a step in Eq. 11's mean
 CACHED = 2**19  # floats of an array that a cache still holds
-Pair = tuple[Tensor, Tensor]  # users' and items': embeddings, or samples [E], [E, K]
 Losses = dict[str, Tensor]  # a term's name and its value []
 Terms = Callable[[Tensor, Tensor], Losses]  # of users [B] and their lists [B, K]
 
@@ -131,7 +139,7 @@ class Config:
     lr_prompt: float = of_teacher(1e-3, "AdamW's step of the prompt in both stages (ours)")
     l2: float = of_student(1e-3, "of ‖Θ‖² in Eq. 13, on the batch (ours, P8)")
     batch: int = of_student(
-        0, "training edges in a step; 0: a 40th of all (ours; released: 512-1024)"
+        0, "training edges in a step; 0: a 40th of all, ≥ 256 (ours; released: 512-1024)"
     )
     batch_teacher: int = of_teacher(0, "the teacher's; 0: a tenth of all (ours)")
     epochs: int = of_both(400, "cap on the epochs of a stage (ours)", low=1)
@@ -190,7 +198,7 @@ class Graph:
         """Â_ui of users [B] and items [B] that they interacted with: [B]."""
         of_user = self.ui.crow_indices().diff().index_select(0, users)
         of_item = self.iu.crow_indices().diff().index_select(0, items)
-        return (of_user.float() * of_item).rsqrt()  # of int32 the product could overflow
+        return (of_user.float() * of_item).rsqrt()  # an int32 product could overflow
 
 
 def csr_tensor(block: sparse.csr_matrix, device) -> Tensor:
@@ -235,7 +243,7 @@ class PromptModule(Linear):
 
 
 class Fixed(NamedTuple):
-    """What of a modality's Eq. 4 no prompt reaches; a constant once θ_T is frozen."""
+    """Of a modality's Eq. 4 what no prompt reaches: constant once θ_T is frozen."""
 
     xw: Tensor  # X W [I, d_T]
     weight: Tensor  # W [d_m, d_T]
@@ -243,7 +251,7 @@ class Fixed(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the teacher tells the student (Eq. 1): of modalities that weigh anything."""
+    """The teacher's output (Eq. 1); its dicts hold the modalities with w_m > 0 only."""
 
     teacher_user: Tensor  # E_u^T [U, D]
     teacher_item: Tensor  # E_i^T [I, D]
@@ -257,12 +265,12 @@ class Teacher(nn.Module):
     1. A *profile* ranks by content as it is, x^m, and learns nothing.
     2. Their *fusion* with LightGCN weighs each profile by validation.
     3. The *teacher* is that fusion, in which items hear their neighbours too, with W^m, b^m
-       and the prompt trained. W^m starts at the principal directions, where f^m is x^m
-       turned, and keeps what training adds.
+       and the prompt trained. W^m starts at the principal directions: f^m is x^m turned,
+       cut to d_T of them, and shifted by the prompt. Validation keeps the best epoch.
 
     θ_T: W^m, b^m, the weights, and a trained LightGCN's embeddings, `user` and `item`; θ_P:
     `prompt`. Content and ids are trained apart and added up: trained jointly, tables that
-    fit the training edges leave content no gradient (P15).
+    fit the training edges leave content hardly a gradient (errata P15).
     """
 
     user: Tensor  # E_u of ids [U, d]
@@ -274,7 +282,7 @@ class Teacher(nn.Module):
         dataset: Dataset,
         config: Config,
         device: Device = "cpu",
-        lightgcn: Pair | None = None,
+        ids: Pair | None = None,
     ):
         super().__init__()
         self.config = config
@@ -283,29 +291,29 @@ class Teacher(nn.Module):
             for m, x in dataset.features.items()
         }
         self.reduction = nn.ModuleList()  # W^m [d_m, d_T] and b^m [d_T]
-        eta = [self.begin(x) for x in self.features.values()]  # η(x^m) [I, d]
+        eta = [self.add_reduction(x) for x in self.features.values()]  # η(x^m) [I, d]
         if config.tokens == "concat":
             self.tokens = torch.cat(eta, dim=1)  # side by side  [I, |M| d]
         else:
             self.tokens = torch.stack(eta).mean(0)  # Eq. 3 (errata P10)  [I, d]
         lifted = F.pad(self.tokens, (0, 1), value=1.0)  # T₁ = [tokens, 1]  [I, width + 1]
-        self.gram = {m: lifted.T @ x for m, x in self.features.items()}  # G = T₁ᵀX^m
+        self.cross = {m: lifted.T @ x for m, x in self.features.items()}  # C = T₁ᵀX^m
         # A row without content takes no part: it would say what the bias says.
         self.filled = {m: x.any(1, keepdim=True) for m, x in self.features.items()}
         self.prompt = PromptModule(self.tokens.shape[1], config.dim)
         self.graph = Graph(dataset.train, device)
         shape = dataset.train.shape
-        user, item = lightgcn or (torch.zeros(n, config.dim) for n in shape)
+        user, item = ids or (torch.zeros(n, config.dim) for n in shape)
         self.register_buffer("user", user)
         self.register_buffer("item", item)
         self.to(device)
         # On the host, whatever the device: Python reads them at each step of stage 2.
         self.register_buffer("weights", torch.ones(len(eta)))  # until `weigh`
         with torch.no_grad():
-            layers = self.fixed()  # X W: a row without content is zero there
-            self.size = {m: spread(*self.smooth(layer.xw)) for m, layer in layers.items()}
+            parts = self.fixed()  # X W: a row without content is zero there
+            self.size = {m: spread(*self.smooth(part.xw)) for m, part in parts.items()}
 
-    def begin(self, x: Tensor) -> Tensor:
+    def add_reduction(self, x: Tensor) -> Tensor:
         """Add a W^m at the principal directions of x^m [I, d_m]; returns η(x^m) [I, d]."""
         dim, d_t = self.config.dim, self.config.dim_teacher
         axes, deviation = data.principal(x, max(dim, d_t))  # [d_m, k], [k]
@@ -314,33 +322,15 @@ class Teacher(nn.Module):
         self.reduction.append(linear)
         return data.tokens(x, axes, deviation, dim)
 
-    def knows_no_more(self) -> bool:
-        """Whether it ranks as LightGCN does, since no modality weighs anything."""
-        return not self.weights.any()
-
-    def modality_weights(self) -> dict[str, float]:
-        """w_m by modality."""
-        return {
-            m: round(weight, 4)
-            for m, weight in zip(self.features, self.weights.tolist(), strict=True)
-        }
-
-    @torch.no_grad()
-    def weigh(self, train: sparse.csr_matrix, val: sparse.csr_matrix) -> None:
-        """Find w_m of every modality beside LightGCN, by a line search on validation."""
-        modal = [self.propagate(f) for f in self.reduced().values()]
-        found = line_search([(self.user, self.item), *modal], train, val)
-        self.weights.copy_(torch.tensor(found))
-
     def fixed(self) -> dict[str, Fixed]:
         """Everything up to the prompt, for each modality."""
-        layers = {}
+        parts = {}
         for (m, x), linear in zip(self.features.items(), self.reduction, strict=True):
             weight, bias = linear.parameters()  # Wᵀ [d_T, d_m], b [d_T]
-            layers[m] = Fixed(x @ weight.T, weight.T, bias)
-        return layers
+            parts[m] = Fixed(x @ weight.T, weight.T, bias)
+        return parts
 
-    def reduce(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
+    def reduce(self, m: str, part: Fixed, p: Tensor) -> Tensor:
         """f^m = ϱ((x^m + λ₁ p^m) W^m + b^m),  p^m = s p (pᵀ x^m)   (Eq. 4; errata P9).
 
         Written out (the paper has no s), for x^m [I, d_m], p [I, d]:
@@ -350,64 +340,64 @@ class Teacher(nn.Module):
             f = dropout((x + lambda_prompt * p_m) @ W + b)      [I, d_T]
 
         so that λ₁ is the prompt's share of x^m, whatever |I| and |M| are. P is affine: p =
-        T₁ θ_P with T₁ = [tokens, 1], so pᵀX = θ_Pᵀ G with G = T₁ᵀX, which is known before
+        T₁ θ_P with T₁ = [tokens, 1], so pᵀX = θ_Pᵀ C with C = T₁ᵀX, which is known before
         training. No [I, d_m] array is formed; in stage 2, where XW is a constant, a step
-        costs O(|I| d d_T) a modality. A test holds both forms equal. A row without content
-        stays zero.
+        costs O(d d_T (|I| + d_m)) a modality. A test holds both forms equal. A row without
+        content stays zero.
         """
-        f = layer.xw + layer.bias  # [I, d_T]
+        f = part.xw + part.bias  # [I, d_T]
         if self.config.lambda_prompt:
-            f = f + self.shift(m, layer, p)
+            f = f + self.shift(m, part, p)
         filled = self.filled[m]  # [I, 1]
         return drop(f, self.config.dropout, filled) if self.training else f * filled
 
-    def shift(self, m: str, layer: Fixed, p: Tensor) -> Tensor:
+    def shift(self, m: str, part: Fixed, p: Tensor) -> Tensor:
         """λ₁ p^m W^m of Eq. 4: [I, d_T]."""
         weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
         theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
-        ptx = theta.T @ self.gram[m]  # pᵀX [d, d_m]
+        ptx = theta.T @ self.cross[m]  # pᵀX [d, d_m]
         square = ((p.T @ p) @ ptx * ptx).sum()  # ‖p pᵀX‖²  []
         share = (self.filled[m].sum() / square.clamp(min=1e-24)).sqrt()  # s; x^m: unit rows
         scale = self.config.lambda_prompt * share  # []
-        return p @ (scale * (ptx @ layer.weight))
+        return p @ (scale * (ptx @ part.weight))
 
     def reduced(self, fixed: dict[str, Fixed] | None = None) -> dict[str, Tensor]:
         """f^m [I, d_T] of every modality."""
         p = self.prompt(self.tokens)  # Eq. 3  [I, d]
-        layers = fixed or self.fixed()
-        return {m: self.reduce(m, layer, p) for m, layer in layers.items()}
-
-    @torch.no_grad()
-    def prompt_share(self) -> float:
-        """‖λ₁ p^m W^m‖ / ‖x^m W^m‖, mean over m: how much of f^m the prompt makes."""
-        p = self.prompt(self.tokens)  # [I, d]
-        layers = self.fixed()
-        shares = [self.shift(m, one, p).norm() / one.xw.norm() for m, one in layers.items()]
-        return float(torch.stack(shares).nanmean())
+        parts = fixed or self.fixed()
+        return {m: self.reduce(m, part, p) for m, part in parts.items()}
 
     def smooth(self, f: Tensor) -> Pair:
-        """Â_ui f, a user's profile [U, d_T], and f + Â_iu Â_ui f [I, d_T]."""
+        """A user's profile Â_ui f [U, d_T]; items with their neighbours, f + Â_iu Â_ui f.
+
+        Stage 1 trains on these: they are linear in f, so that one edge can be taken out
+        again (`teacher_terms`). Ranking is by `propagate`, whose unit rows are not linear.
+        """
         profile = self.graph.to_users(f)
         return profile, f + self.graph.to_items(profile)
 
     def propagate(self, f: Tensor) -> Pair:
-        """F_i^m = f beside Â_iu Â_ui f, F_u^m = Â_ui F_i^m: [U, d_T], [I, d_T].
+        """F_u^m [U, d_T] and F_i^m [I, d_T]; n makes rows of unit length (errata P12):
 
-        An item keeps its own content and hears that of its neighbours, each half and their
-        sum a unit row: an item without neighbours, or without content, is as long as any
-        other, so that nobody need have taken it to be found (errata P12).
+            F_i^m = n( n(f) + n(Â_iu Â_ui f) ),   F_u^m = n( Â_ui F_i^m )
+
+        An item adds its neighbours' content to its own. By the outer n an item that has
+        only one of the two is as long as any other: nobody need have taken it to be found.
         """
         around = self.graph.to_items(self.graph.to_users(f))  # [I, d_T]
         both = F.normalize(f, dim=1) + F.normalize(around, dim=1)  # [I, d_T]
         item = F.normalize(both, dim=1)  # F_i [I, d_T]
-        user = self.graph.to_users(item)  # F_u [U, d_T]
+        user = self.graph.to_users(item)  # Â_ui F_i [U, d_T]
         return F.normalize(user, dim=1), item
 
     def forward(self, fixed: dict[str, Fixed] | None = None) -> Encoded:
-        """Eq. 1: ⟨E_u^T, E_i^T⟩ = ⟨E_u, E_i⟩ + Σ_m w_m ⟨F_u^m, F_i^m⟩, on one scale.
+        """Eq. 1's outputs; how they are joined is ours (errata P15):
 
-        A modality of weight zero takes no part. With `fixed`, only what depends on the
-        prompt is computed.
+            ⟨E_u^T, E_i^T⟩ = ⟨E_u, E_i⟩ / δ_u + Σ_m w_m ⟨F_u^m, F_i^m⟩ / δ_u^m
+
+        δ_u: the standard deviation of that ranking's scores for user u over all items
+        (`one_scale`). A modality of weight zero takes no part. With `fixed`, only what
+        depends on the prompt is computed.
         """
         weights = self.modality_weights()
         reduced = self.reduced(fixed)
@@ -417,6 +407,32 @@ class Teacher(nn.Module):
         user_modal = {m: pair[0] for m, pair in modal.items()}
         item_modal = {m: pair[1] for m, pair in modal.items()}
         return Encoded(*fused, user_modal, item_modal)
+
+    @torch.no_grad()
+    def weigh(self, train: sparse.csr_matrix, val: sparse.csr_matrix) -> None:
+        """Find w_m of every modality beside LightGCN, by a line search on validation."""
+        modal = [self.propagate(f) for f in self.reduced().values()]
+        found = line_search([(self.user, self.item), *modal], train, val)
+        self.weights.copy_(torch.tensor(found))
+
+    def modality_weights(self) -> dict[str, float]:
+        """w_m by modality, rounded: .3 is not exact in float32."""
+        return {
+            m: round(weight, 4)
+            for m, weight in zip(self.features, self.weights.tolist(), strict=True)
+        }
+
+    def knows_no_more(self) -> bool:
+        """Whether it ranks as LightGCN does, since no modality weighs anything."""
+        return not self.weights.any()
+
+    @torch.no_grad()
+    def prompt_share(self) -> float:
+        """‖λ₁ p^m W^m‖ / ‖x^m W^m‖, mean over m: how much of f^m the prompt makes."""
+        p = self.prompt(self.tokens)  # [I, d]
+        parts = self.fixed()
+        shares = [self.shift(m, one, p).norm() / one.xw.norm() for m, one in parts.items()]
+        return float(torch.stack(shares).nanmean())
 
 
 def drop(x: Tensor, rate: float, filled: Tensor | float = 1.0) -> Tensor:
@@ -481,10 +497,11 @@ def bpr_terms(model, logits: Tensor, users: Tensor, lists: Tensor, l2: float) ->
 
 
 def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
-    """Stage 1, θ_T and θ_P: Eq. 13 on each modality's own ranking, by modality.
+    """Stage 1, of W^m, b^m and θ_P: Eq. 13's BPR, by modality, each on its own ranking.
 
-    y = ⟨Â_ui f, f + Â_iu Â_ui f⟩ without the edge (u, i+) itself: u's profile contains i+,
-    so that any f would rank i+ high, and nothing were learnt about other items (P16).
+    y = ⟨Â_ui f, f + Â_iu Â_ui f⟩ (`Teacher.smooth`). For i+ both sides leave out the edge
+    (u, i+): u's profile contains i+, so that any f would rank i+ high and nothing would be
+    learnt about other items (errata P16). For i- there is no such edge.
     """
     positive, negative = lists.unbind(1)  # [B], [B]
     edge = teacher.graph.edge(users, positive)[:, None]  # Â_ui of the positive  [B, 1]
@@ -508,19 +525,19 @@ def student_terms(
     users: Tensor,
     lists: Tensor,
     project=(),
-    taught: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
 ) -> Losses:
-    """Stage 2: Eq. 12, L = BPR + ‖Θ‖² + λ₂ PairKD + λ₃ Σ ListKD + λ₄ Σ_m EmbKD, by term.
+    """Stage 2, Eq. 12: BPR + l2 ‖Θ‖² + λ₂ PairKD + λ₃ ListKD + λ₄ Σ_m EmbKD, by term.
 
+    ListKD has one list by default, E^T's; with `list_from` "modal" it is the paper's Σ_m.
     Without `encoded` the student learns alone.
     """
     student_user, student_item = student()  # [U, d], [I, d]
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
     terms = bpr_terms(student, logits, users, lists, config.l2)
     if encoded:
-        terms |= kd_terms(
-            config, logits, student_item, users, lists, encoded, project, taught
-        )
+        found = encoded, project, teacher_logits
+        terms |= kd_terms(config, logits, student_item, users, lists, *found)
     return terms
 
 
@@ -532,12 +549,12 @@ def kd_terms(
     lists: Tensor,
     encoded: Encoded,
     project,
-    taught: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
 ) -> Losses:
     """The three distillation losses of Eq. 12, of y^S [B, K] and E_i^S [I, d].
 
     project: for each modality a map d -> d_T on the student's side, dropped at inference
-    (errata P7). taught: the logits of E^T [B, K], where they are known already. Where the
+    (errata P7). teacher_logits: y^T of E^T [B, K], where they are known already. Where the
     prompt is tuned, `encoded` depends on θ_P and BPR(E^T) anchors it: the student's own BPR
     has no path to θ_P (errata P11).
     """
@@ -545,20 +562,20 @@ def kd_terms(
     tau = config.temperature
     joint = encoded.teacher_user, encoded.teacher_item
     prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
-    if taught is None:
-        taught = scores(*joint, users, lists)  # y^T [B, K]
+    if teacher_logits is None:
+        teacher_logits = scores(*joint, users, lists)  # y^T [B, K]
     if config.lambda_pair:
-        loss = pair_kd(margin(logits), margin(taught), tau)
+        loss = pair_kd(margin(logits), margin(teacher_logits), tau)
         terms["pair_kd"] = config.lambda_pair * loss
     if config.lambda_list:
         # y^T of E^T, y^m of each modality  [B, K]
-        told = [] if config.list_from == "modal" else [taught]
+        sources = [] if config.list_from == "modal" else [teacher_logits]
         if config.list_from != "joint":
-            told += modal_scores(encoded, users, lists)
-        losses = [list_kd(logits, y, config.alpha, config.beta, tau) for y in told]
+            sources += modal_scores(encoded, users, lists)
+        losses = [list_kd(logits, y, config.alpha, config.beta, tau) for y in sources]
         terms["list_kd"] = config.lambda_list * torch.stack(losses).sum()
     if config.lambda_embed:
-        # The negatives of BPR are items drawn uniformly: Eq. 11's mean over I, sampled.
+        # Eq. 11's mean over I, sampled: BPR's negatives, uniform but for users' own items.
         drawn = lists[:EMBED_SAMPLE, 1]
         own = student_item.index_select(0, drawn)  # [sample, d]
         losses = []
@@ -567,7 +584,8 @@ def kd_terms(
             losses.append(embed_kd(linear(own), target, config.gamma))
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
     if prompt_is_tuned and config.weight_anchor:
-        terms["prompt_anchor"] = config.weight_anchor * bpr_loss(taught[:, 0], taught[:, 1])
+        loss = bpr_loss(teacher_logits[:, 0], teacher_logits[:, 1])
+        terms["prompt_anchor"] = config.weight_anchor * loss
     return terms
 
 
@@ -583,11 +601,11 @@ class Run:
     config: Config
     device: torch.device
     state: dict
-    lightgcn: Config | None = None  # of the LightGCN trained beside; None: as `config`
+    beside: Config | None = None  # of the LightGCN trained beside it; None: as `config`
 
 
 def train_epoch(
-    learner: nn.Module, optimiser, samples: Pair, batch: int, terms: Terms
+    learner: nn.Module, optimiser, samples: tuple[Tensor, Tensor], batch: int, terms: Terms
 ) -> dict[str, float]:
     """One pass over samples (users [E], lists [E, K]), `batch` at a time; each term's mean.
 
@@ -624,15 +642,13 @@ def fit(
     terms: Terms,
     rank: Callable[[], Pair],
     each_epoch: Callable[[], None] | None = None,
-    extend: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Train until validation Recall@20 stops improving; leave the selected epoch's weights.
 
     groups: AdamW's. terms(users [B], lists [B, width]) -> the objective's terms by name.
     rank() -> (user [U, d], item [I, d]), judged on validation; the test split is never
     touched. The teacher is judged before training too. each_epoch(): what is drawn or
-    rebuilt anew each epoch. extend(users [B], lists [B, width]) -> lists with more columns,
-    such as a teacher's own top items.
+    rebuilt anew each epoch.
     """
     config, state = run.config, run.state
     sampler = Sampler(run.dataset.train, run.device)
@@ -642,9 +658,6 @@ def fit(
     if stage == "teacher" and state["epoch"] == 0:
         _validate(run, learner, {}, rank)
 
-    def objective(users: Tensor, lists: Tensor) -> Losses:
-        return terms(users, extend(users, lists) if extend else lists)
-
     while state["epoch"] < config.epochs and state["stale"] < patience:
         began = time.perf_counter()
         state["epoch"] += 1
@@ -652,7 +665,7 @@ def fit(
         if each_epoch:
             each_epoch()
         samples = sampler.epoch(generator, width - 1)
-        means = train_epoch(learner, optimiser, samples, batch, objective)
+        means = train_epoch(learner, optimiser, samples, batch, terms)
         state["seconds"] += time.perf_counter() - began
         if state["epoch"] % config.eval_every == 0 or state["epoch"] == config.epochs:
             _validate(run, learner, means, rank)
@@ -663,10 +676,10 @@ def fit(
 
 
 def pace(config: Config, stage: str, edges: int) -> tuple[int, int]:
-    """A step's training edges, a tenth or a 40th of all if not given; and the patience.
+    """A step's training edges, and the patience.
 
-    A step passes over the whole graph. With a fixed batch an epoch would cost E / B of
-    them, which grows with the square of the data.
+    By default a 40th of all edges, the teacher's a tenth, and at least 256: a step
+    propagates over the whole graph, so with a fixed B an epoch's E / B steps would cost E².
     """
     if stage == "teacher":
         return config.batch_teacher or max(256, -(-edges // 10)), config.patience_teacher
@@ -687,12 +700,12 @@ def _begin(run: Run, stage: str, learner: nn.Module, optimiser) -> None:
 def _seeded(run: Run, stage: str) -> torch.Generator:
     """Seed an epoch by its number, so that a resumed run draws what it would have drawn.
 
-    Dropout draws from torch's own generator, sampling from the one returned: two streams.
-    The student and LightGCN draw the same.
+    Dropout and the lists (`Distillation.draw`) use torch's own generator, Sampler the one
+    returned: two streams. The student and LightGCN sample the same.
     """
     numbers = run.config.seed, run.state["epoch"], stage == "teacher"
-    dropout, sampling = np.random.SeedSequence(numbers).generate_state(2).tolist()
-    torch.manual_seed(dropout)
+    own, sampling = np.random.SeedSequence(numbers).generate_state(2).tolist()
+    torch.manual_seed(own)
     return torch.Generator(run.device).manual_seed(sampling)
 
 
@@ -745,8 +758,9 @@ def _progress(row: dict, state: dict, config: Config) -> str:
 class Distillation:
     """What stage 2 needs beside the student: a teacher, lists, maps to the teacher's width.
 
-    width: columns of a list that are sampled, the rest is `draw`'s (errata P14).
-    project: for each modality a map d -> d_T, for EmbKD. Without `encode`: nothing at all.
+    width: columns that Sampler draws, 2, or K for random lists; for top lists `draw` adds
+    the others (errata P14). project: for each modality a map d -> d_T, for EmbKD. Without
+    `encode` there is no teacher.
     """
 
     def __init__(self, run: Run, encode: Callable[[], Encoded] | None):
@@ -757,7 +771,7 @@ class Distillation:
         kind = config.list_items if encode and config.lambda_list else "none"
         self.from_top = kind == "top"
         self.width = 1 + config.negatives if kind == "random" else 2
-        self.best = self.told = torch.empty(0)  # items and their logits of E^T [U, N]
+        self.best = self.best_logits = torch.empty(0)  # items, their y^T  [U, N]
         targets = encode().item_modal if encode and config.lambda_embed else {}
         widths = [item.shape[1] for item in targets.values()]
         project = nn.ModuleList(Linear(config.dim, d_t) for d_t in widths)
@@ -771,28 +785,28 @@ class Distillation:
         with torch.no_grad():
             user, item, *_ = self.encode()
         pool = self.config.list_pool
-        self.best, self.told = best_unobserved(user, item, self.train, pool)
+        self.best, self.best_logits = best_unobserved(user, item, self.train, pool)
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """K - 1 of each user's best items, drawn anew, and their logits: [B, K - 1]."""
+        """K - 1 of each user's best items, with replacement, and their y^T: [B, K - 1]."""
         n = self.best.shape[1]
         shape = len(users), self.config.negatives
         column = torch.randint(n, shape, device=users.device)
         cell = n * users[:, None] + column  # of the flattened lists  [B, K - 1]
-        return self.best.take(cell), self.told.take(cell)
+        return self.best.take(cell), self.best_logits.take(cell)
 
-    def terms(self, student: Student, users: Tensor, pairs: Tensor) -> Losses:
-        """Eq. 12 on a batch, by term: users [B] and their lists, which begin as `pairs`."""
+    def terms(self, student: Student, users: Tensor, sampled: Tensor) -> Losses:
+        """Eq. 12 on a batch, by term: users [B] and the columns that Sampler drew."""
         encoded = self.encode() if self.encode else None
-        lists, taught = pairs, None
+        lists, logits = sampled, None
         if encoded and self.from_top:
-            items, told = self.draw(users)
-            lists = torch.cat([pairs, items], dim=1)  # [B, 2 + K - 1]
-            if not encoded.teacher_item.requires_grad:  # `told` are today's logits
+            items, known = self.draw(users)
+            lists = torch.cat([sampled, items], dim=1)  # [B, 2 + K - 1]
+            if not encoded.teacher_item.requires_grad:  # else θ_P has moved since refresh
                 joint = encoded.teacher_user, encoded.teacher_item
-                taught = torch.cat([scores(*joint, users, pairs), told], dim=1)
+                logits = torch.cat([scores(*joint, users, sampled), known], dim=1)
         return student_terms(
-            student, self.config, encoded, users, lists, self.project, taught
+            student, self.config, encoded, users, lists, self.project, logits
         )
 
 
@@ -800,14 +814,14 @@ class Distillation:
 
 
 def train_teacher(
-    run: Run, lightgcn: Pair | None = None, kind: type[Teacher] = Teacher
+    run: Run, ids: Pair | None = None, kind: type[Teacher] = Teacher
 ) -> Teacher:
-    """Stage 1: content, prompt, and each modality's weight beside a trained LightGCN.
+    """Stage 1: content, prompt, and each modality's weight beside a trained LightGCN's ids.
 
     Returns the selected checkpoint, frozen, in eval mode.
     """
     torch.manual_seed(run.config.seed)
-    teacher = kind(run.dataset, run.config, run.device, lightgcn)
+    teacher = kind(run.dataset, run.config, run.device, ids)
     if not load_finished(run, "teacher", teacher):
         groups = [
             {"params": teacher.reduction.parameters(), "lr": run.config.lr_teacher},
@@ -824,7 +838,7 @@ def train_teacher(
     return teacher.eval().requires_grad_(False)
 
 
-def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
+def frozen_teacher(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     """What the student learns from: a function that encodes, θ_T frozen, dropout off.
 
     None if no modality weighs anything: that teacher is LightGCN. All logits are divided by
@@ -838,8 +852,8 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     if teacher.knows_no_more():
         return None
     weights = teacher.modality_weights()
-    fixed = {m: layer for m, layer in teacher.fixed().items() if weights[m]}
-    encode = on_one_scale(teacher, fixed)
+    fixed = {m: part for m, part in teacher.fixed().items() if weights[m]}
+    encode = unit_logits(teacher, fixed)
     if config.tune_prompt and config.lambda_prompt:
         teacher.prompt.requires_grad_(True)
         return encode
@@ -847,7 +861,7 @@ def stage_two(teacher: Teacher, config: Config) -> Callable[[], Encoded] | None:
     return lambda: encoded
 
 
-def on_one_scale(teacher: Teacher, fixed: dict | None = None) -> Callable[[], Encoded]:
+def unit_logits(teacher: Teacher, fixed: dict | None = None) -> Callable[[], Encoded]:
     """The teacher, its logits over the deviation that they have now (errata P14).
 
     fixed: of `Teacher.fixed`, once θ_T is frozen.
@@ -870,22 +884,22 @@ def train_student(run: Run, stage: str, teacher: Teacher | None = None) -> Pair:
     Without a teacher, or with one that knows no more, it is LightGCN.
     """
     config = run.config
-    encode = stage_two(teacher, config) if teacher else None
+    encode = frozen_teacher(teacher, config) if teacher else None
     torch.manual_seed(config.seed)
     student = Student(run.dataset.train, config, run.device)
     if teacher and config.warm_start:  # copied: never the teacher's own (errata C7, C24)
         student.user.data.copy_(teacher.user)
         student.item.data.copy_(teacher.item)
-    taught = Distillation(run, encode)
-    learner = nn.ModuleDict({"student": student, "project": taught.project})
+    kd = Distillation(run, encode)
+    learner = nn.ModuleDict({"student": student, "project": kd.project})
     own = list(learner.parameters())  # as of now, without the prompt
     groups = [{"params": own, "lr": config.lr_student}]
     if teacher and teacher.prompt.weight.requires_grad:
         learner["prompt"] = teacher.prompt
         groups.append({"params": teacher.prompt.parameters(), "lr": config.lr_prompt})
     if not load_finished(run, stage, learner):
-        terms = partial(taught.terms, student)
-        fit(run, stage, learner, groups, taught.width, terms, student, taught.refresh)
+        terms = partial(kd.terms, student)
+        fit(run, stage, learner, groups, kd.width, terms, student, kd.refresh)
     with torch.no_grad():
         return student()
 
@@ -896,8 +910,8 @@ def pipeline(run: Run) -> dict:
     ranked = {"mostpop": most_popular(run.dataset.train, run.device)}
     teacher = None
     if config.lambda_pair or config.lambda_list or config.lambda_embed:
-        beside = replace(run, config=run.lightgcn or config)
-        ranked["alone"] = train_student(beside, "alone")
+        alone = replace(run, config=run.beside or config)
+        ranked["alone"] = train_student(alone, "alone")
         teacher = train_teacher(run, ranked["alone"])
         ranked["teacher"] = teacher()[:2]
     ranked["student"] = train_student(run, "student", teacher)
@@ -1048,9 +1062,9 @@ def _start(args: argparse.Namespace) -> Run:
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse two flags of which one would silently win."""
     need(not (args.resume and args.force), "expected --resume or --force, found both")
-    taught = [name for name in vars(args) if name.startswith(("lambda_", "warm_start"))]
-    found = f"--student-only: expected no setting of a teacher, found {', '.join(taught)}"
-    need(not (args.student_only and taught), found)
+    given = [name for name in vars(args) if name.startswith(("lambda_", "warm_start"))]
+    found = f"--student-only: expected no setting of a teacher, found {', '.join(given)}"
+    need(not (args.student_only and given), found)
 
 
 def _check_folder(folder: Path, args: argparse.Namespace) -> None:
@@ -1112,7 +1126,7 @@ def _command(argv: list[str]) -> None:
     if not done.exists():
         pipeline(run)
     metrics = data.read_json(done, "test", "parameters", "exclude", sealed=True)
-    print(f"{ladder(metrics)}\nno candidates: {metrics['exclude']}; more in {done}")
+    print(f"{ladder(metrics)}\nhidden at test: {metrics['exclude']}; more in {done}")
 
 
 def _recommend(argv: list[str]) -> None:

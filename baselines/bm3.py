@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.common import GRID, l2_term, linear, maps, of_model, reduced, standardised
+from baselines.common import (
+    GRID,
+    filled,
+    l2_term,
+    linear,
+    maps,
+    of_model,
+    reduced,
+    standardised,
+)
 from data import Dataset
 from promptmm import Config, Device, Losses, Pair, Student, drop, lightgcn, of_student
 
@@ -49,6 +58,7 @@ class BM3(Student):
         self.config = config
         self.features = standardised(dataset, device)  # x̃^m [I, d_m]
         self.reduction = maps(self.features, config.dim)  # W^m, b^m
+        self.filled = filled(self.features)  # [I, 1] each
         self.predict = linear(config.dim, config.dim)  # q
         self.to(device)
 
@@ -72,10 +82,12 @@ class BM3(Student):
         terms = {"ids": ids}
         if self.config.weight_content:
             modal = []
-            for layer, x in zip(self.reduction, self.features.values(), strict=True):
+            parts = zip(self.reduction, self.features.values(), self.filled, strict=True)
+            for layer, x, has in parts:
                 f = reduced(layer, x, items)  # f^m [B, d]
+                own = has.index_select(0, items)[:, 0]  # [B]
                 seen = self.predict(f)
-                modal.append(apart(seen, to_item) + apart(seen, self.target(f)))
+                modal.append(apart(seen, to_item, own) + apart(seen, self.target(f), own))
             terms["content"] = self.config.weight_content * torch.stack(modal).sum()
         rows = self.user.index_select(0, users), self.item.index_select(0, items)
         return terms | l2_term(self.config.l2, *rows)
@@ -85,10 +97,10 @@ class BM3(Student):
         return drop(rows.detach(), self.config.dropout)
 
 
-def apart(a: Tensor, b: Tensor) -> Tensor:
-    """δ: mean of 1 - cos; [B, d], [B, d] -> [].
+def apart(a: Tensor, b: Tensor, of: Tensor | float = 1.0) -> Tensor:
+    """δ: mean of 1 - cos; [B, d], [B, d] -> []. The others than `of` [B] count as 0.
 
     >>> float(apart(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])))
     1.0
     """
-    return (1 - F.cosine_similarity(a, b, dim=1)).mean()
+    return ((1 - F.cosine_similarity(a, b, dim=1)) * of).mean()

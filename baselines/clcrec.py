@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.common import GRID, directions, l2_term, linear, of_model
+from baselines.common import GRID, directions, filled, l2_term, linear, of_model
 from data import Dataset
 from promptmm import Config, Device, Losses, Pair, of_student, scores, table
 
@@ -56,6 +56,7 @@ class CLCRec(nn.Module):
         self.item = table(n_items, config.dim)
         every = list(directions(dataset, device).values())  # n(x^m)
         self.features = {"all": torch.cat(every, dim=1)}  # side by side  [I, Σ d_m]
+        [self.filled] = filled(self.features)  # [I, 1]
         seen = torch.from_numpy(np.asarray(dataset.train.sum(0)).T > 0)  # [I, 1]
         self.trained = seen.to(device)
         width = self.features["all"].shape[1]
@@ -67,8 +68,8 @@ class CLCRec(nn.Module):
         return self.user, torch.where(self.trained, self.item, self.content())
 
     def content(self) -> Tensor:
-        """g(x_i) of every item: [I, d]."""
-        return self.encode(self.features["all"])
+        """g(x_i) of every item, zero without any content: [I, d]."""
+        return self.encode(self.features["all"]) * self.filled
 
     def terms(self, users: Tensor, lists: Tensor) -> Losses:
         share, tau = self.config.weight_content, self.config.temperature

@@ -3,6 +3,7 @@
     train                               one model of MODELS, by the core's own loop
     pair_terms, l2_term                 BPR, and ‖Θ‖² on the batch's rows of some tables
     raw, directions, standardised       features, as a model's paper takes them
+    filled                              which items have any
     linear, maps, reduced               maps of features, of all items or the batch's alone
     nearest, cosines, normalised        an item graph; LATTICE and FREEDOM stand on it
     read, constant                      Σ_j s_ij item_j, with a gradient for s, or none
@@ -98,6 +99,15 @@ def standardised(dataset: Dataset, device: Device) -> dict[str, Tensor]:
         real = deviation > 1e-6 * deviation.amax()
         features[m] = x * real / torch.where(real, deviation, 1.0)
     return features
+
+
+def filled(features: dict[str, Tensor]) -> list[Tensor]:
+    """Which items have content, for each modality: [I, 1] each.
+
+    A mapped row is taken times this: where x is zero, it is what the bias says, and a zero
+    row's length has a gradient without bound (B8).
+    """
+    return [x.any(1, keepdim=True) for x in features.values()]
 
 
 def linear(width: int, out: int, bias: bool = True) -> nn.Linear:

@@ -38,7 +38,7 @@ from promptmm import (
 
 @dataclass(frozen=True)
 class Settings(Config):
-    """Released: k 10, ρ .8 or .9, w 0 … 1e-3, lead .9 (text), lr 1e-3."""
+    """Released: k 10, ρ .8 or .9, w 0 … 1e-3, .9 for text (B32), lr 1e-3."""
 
     lr_student: float = of_student(2e-3, "AdamW's step (ours; released: 1e-3)")
     l2: float = of_student(0.0, "of ‖Θ‖² (released: none, B32)")

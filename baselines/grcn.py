@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from baselines.common import (
     GRID,
     Links,
+    filled,
     maps,
     of_model,
     pair_terms,
@@ -87,6 +88,7 @@ class GRCN(nn.Module):
         self.user, self.item = table(n_users, config.dim), table(n_items, config.dim)
         self.features = standardised(dataset, device)  # x̃^m [I, d_m]
         self.reduction = maps(self.features, config.dim)  # V^m, c^m
+        self.filled = filled(self.features)  # [I, 1] each
         every = range(len(self.features))
         self.preference = nn.ParameterList(table(n_users, config.dim) for _ in every)  # P^m
         self.trust_user = nn.Parameter(torch.ones(n_users, len(every)))  # s of users
@@ -99,7 +101,7 @@ class GRCN(nn.Module):
         to_user, to_item = [], []  # α^m s^m of each edge, either way
         pairs = zip(self.preference, self.reduction, self.features.values(), strict=True)
         for m, (prefers, reduce, x) in enumerate(pairs):
-            f = F.normalize(F.leaky_relu(reduce(x)), dim=1)  # [I, d]
+            f = F.normalize(F.leaky_relu(reduce(x)) * self.filled[m], dim=1)  # [I, d]
             p = self.routed(F.normalize(prefers, dim=1), f)  # [U, d]
             logits = self.along(p, f)
             of_user = softmax_at(logits, edges.user, len(p))  # α_ui [E]

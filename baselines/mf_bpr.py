@@ -17,7 +17,7 @@ class Settings(Config):
 class MFBPR(LightGCN):
     """LightGCN with no layers: E = E⁰, and a score is ⟨e_u, e_i⟩ of the tables themselves.
 
-    Against its paper: no biases; one weight of ‖Θ‖² for users and items.
+    Against its paper: one weight of ‖Θ‖² for users and items.
     """
 
     Settings = Settings

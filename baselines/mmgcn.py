@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.common import GRID, linear, maps, pair_terms, standardised
+from baselines.common import GRID, filled, linear, maps, pair_terms, standardised
 from data import Dataset
 from promptmm import (
     Config,
@@ -53,6 +53,7 @@ class MMGCN(Student):
         dim, layers = config.dim, range(config.student_layers)
         self.features = standardised(dataset, device)  # x̃^m [I, d_m]
         self.reduction = maps(self.features, dim)  # V^m, c^m
+        self.filled = filled(self.features)  # [I, 1] each
         every = self.features.values()
         self.preference = nn.ParameterList(table(len(self.user), dim) for _ in every)  # P^m
         self.layer = nn.ModuleList(  # of each modality and layer
@@ -63,9 +64,9 @@ class MMGCN(Student):
 
     def forward(self) -> Pair:
         users, items = [], []
-        parts = zip(self.preference, self.reduction, self.features.values(), strict=True)
-        for (prefers, reduce, x), layers in zip(parts, self.layer, strict=True):
-            user, item = F.normalize(prefers, dim=1), F.normalize(reduce(x), dim=1)
+        parts = zip(self.preference, self.content(), self.layer, strict=True)
+        for prefers, f, layers in parts:
+            user, item = F.normalize(prefers, dim=1), F.normalize(f, dim=1)
             for layer in layers:
                 to_user, to_item = self.mean(layer.heard(user), layer.heard(item))
                 user = layer(to_user, user, self.user)
@@ -73,6 +74,11 @@ class MMGCN(Student):
             users.append(user)
             items.append(item)
         return torch.stack(users).mean(0), torch.stack(items).mean(0)
+
+    def content(self) -> list[Tensor]:
+        """x̃^m V^m + c^m of each modality, zero without content: [I, d] each."""
+        parts = zip(self.reduction, self.features.values(), self.filled, strict=True)
+        return [reduce(x) * has for reduce, x, has in parts]
 
     def mean(self, user: Tensor, item: Tensor) -> Pair:
         """Over each node's neighbours, zero without any: [U, d], [I, d] -> the same."""

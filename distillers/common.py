@@ -33,8 +33,8 @@ class Distiller(NamedTuple):
     terms: Callable[..., Losses]
     modules: dict[str, nn.Module]  # trained with the student, dropped at inference
     width: int  # columns of `lists` that are sampled
-    each_epoch: Callable[[], None] | None = None  # as `promptmm.fit` takes them
-    extend: Callable[[Tensor, Tensor], Tensor] | None = None
+    each_epoch: Callable[[], None] | None = None  # as `promptmm.fit` takes it
+    extend: Callable[[Tensor, Tensor], Tensor] | None = None  # lists, by more columns
     slow: float = 1.0  # by how much the item table's step is smaller than the others'
 
 
@@ -81,13 +81,15 @@ def train(run: Run, method: Callable[..., Distiller], teachers: Teachers) -> Pai
     ]
 
     def terms(users: Tensor, lists: Tensor) -> Losses:
+        if distiller.extend:
+            lists = distiller.extend(users, lists)
         user, item = student()  # [U, d], [I, d]
         logits = scores(user, item, users, lists)  # [B, K]
         own = bpr_terms(student, logits, users, lists, config.l2)
         return own | distiller.terms(user, item, logits, users, lists)
 
     if not load_finished(run, "method", learner):
-        hooks = distiller.each_epoch, distiller.extend
-        fit(run, "method", learner, groups, distiller.width, terms, student, *hooks)
+        width, hook = distiller.width, distiller.each_epoch
+        fit(run, "method", learner, groups, width, terms, student, hook)
     with torch.no_grad():
         return student()

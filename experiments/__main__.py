@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import data
 import experiments.lab
 from baselines import MODELS
@@ -47,6 +49,7 @@ from experiments.lab import (
     code_digest,
     digest,
     locked,
+    search,
     settings,
     sources,
 )
@@ -73,7 +76,7 @@ EVERY = (
     Part("table3", table3, 0, "any"),
     Part("table4", table4, 5, "any"),
     Part("table5", table5, 3, "any"),
-    Part("options", options, 3, "embedded"),
+    Part("options", options, 3, "named"),
     Part("controls", controls, 5, "named"),
     Part("lists", lists, 3, "named"),
     Part("prompt", prompt, 3, "named"),
@@ -99,7 +102,8 @@ TUNES = {"tune": TUNE, "tune_methods": Part("tune_methods", tune_methods, 0, "na
 
 def perform(lab: Lab, part: Part, force: bool, **more) -> None:
     """Run one part and publish it; a part that was finished here is left as it is."""
-    lab = replace(lab, used=set())
+    searches = {name: search(lab, name) for name in TUNES}
+    lab = replace(lab, used=set(), searches={} if part.name in TUNES else searches)
     folder = lab.cache / "parts" / part.name
     stamp = folder / f"{state_of(lab, part, more)}.done"
     with locked(folder):
@@ -157,7 +161,8 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
     code = [bare(IMPORTED[file]) for file in files]
     seeds = lab.count(part.seeds)
     before = earlier(lab) if part.name == "claims" else {}
-    return digest([models, code, seeds, lab.quick, str(lab.out), more, before])
+    facts = [models, code, seeds, lab.quick, str(lab.out), more, before, lab.searches]
+    return digest(facts)
 
 
 # ------------------------------------------------------------ command line
@@ -203,7 +208,7 @@ def parse(argv: list[str]) -> Namespace:
     for flag, meaning in (
         ("quick", "two epochs a stage: a smoke test"),
         ("keep", "take models that older code has trained"),
-        ("force", "publish again; all: train again too"),
+        ("force", "publish again; all without --quick: train again too"),
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     args = parser.parse_args(argv)
@@ -227,7 +232,7 @@ def run(args: Namespace) -> None:
     if args.part != "all":
         perform(lab, PARTS[args.part], args.force, **more)
         return
-    if args.force and lab.home.exists():
+    if args.force and not args.quick and lab.home.exists():
         shutil.rmtree(lab.home)
     for part in EVERY:
         if part.where == "any" or (not args.data and part.where != "named"):
@@ -237,6 +242,8 @@ def run(args: Namespace) -> None:
 def laboratory(args: Namespace) -> Lab:
     """The data and the device, checked before anything is trained."""
     device = data.pick_device(args.device)
+    if args.jobs > 1:
+        torch.set_num_threads(1)  # here too: a model has a thread, wherever it is trained
     dataset = data.load(args.data) if args.data else data.synthetic()
     out = args.out or experiments.lab.ROOT / ("runs/quick" if args.quick else "results")
     data.same_figures(device)

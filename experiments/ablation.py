@@ -23,7 +23,7 @@ from experiments.lab import (
     settings,
     some,
 )
-from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
+from experiments.publish import Output, markdown, paired, protocol, ranking_table
 from promptmm import Config
 
 # ------------------------------------------------------------ Table 5
@@ -56,7 +56,7 @@ def table5(lab: Lab, seeds: int) -> Output:
     )
     title = f"Table 5. Ablation on {lab.dataset.name}, test split"
     text = ranking_table(rows, "PromptMM")
-    return Output(title, rows, text, f"{protocol(full, seeds)}; {PAIRED}; {note}")
+    return Output(title, rows, text, f"{protocol(full, seeds)}; {paired(seeds)}; {note}")
 
 
 def variants(lab: Lab, full: Config) -> dict[str, Job]:
@@ -122,7 +122,10 @@ def options(lab: Lab, seeds: int) -> Output:
     rows = compare(lab, "options", without_doubles(jobs), seeds, "PromptMM")
     title = f"Options on {lab.dataset.name}, one change each, test split"
     return Output(
-        title, rows, ranking_table(rows, "PromptMM"), f"{protocol(full, seeds)}; {PAIRED}"
+        title,
+        rows,
+        ranking_table(rows, "PromptMM"),
+        f"{protocol(full, seeds)}; {paired(seeds)}",
     )
 
 

@@ -34,9 +34,9 @@ from promptmm import (
     Student,
     Teacher,
     adjacency,
+    frozen_teacher,
     lightgcn,
     scores,
-    stage_two,
     student_terms,
     teacher_terms,
     train_epoch,
@@ -166,7 +166,7 @@ def steps_two(on: Setting, teacher: Teacher) -> dict[str, Callable]:
     for name, tuned in ((FROZEN, False), (TUNED, True)):
         config = replace(on.config, tune_prompt=tuned)
         run = Run(Path(), on.dataset, config, torch.device(on.device), {})
-        taught = Distillation(run, stage_two(teacher, config))
+        taught = Distillation(run, frozen_teacher(teacher, config))
         taught.refresh()
         student = Student(on.dataset.train, config, on.device)
         learner = nn.ModuleDict({"student": student, "project": taught.project})
@@ -325,13 +325,17 @@ def student_bound(on: Setting, speed: float) -> float:
 
 
 def distilled_bound(on: Setting, speed: float) -> float:
-    """The student's, and the rows of its lists: the teacher's read, its own thrice."""
+    """The student's, and the rows of its lists: its own thrice, the teacher's read for two.
+
+    The others' teacher logits are known since the lists were found.
+    """
     config = on.config
-    columns = on.dataset.train.nnz * (2 + config.negatives)
+    edges = on.dataset.train.nnz
     width = config.dim + sum(
         min(config.dim_teacher, x.shape[1]) for x in on.dataset.features.values()
     )
-    return student_bound(on, speed) + 4 * columns * (width + 3 * config.dim) / speed
+    numbers = edges * (2 * width + (2 + config.negatives) * 3 * config.dim)
+    return student_bound(on, speed) + 4 * numbers / speed
 
 
 def teacher_bound(on: Setting, speed: float) -> float:
@@ -360,7 +364,7 @@ def teacher_call(on: Setting) -> Callable:
 def epoch_call(on: Setting, name: str) -> Callable:
     """One epoch of a student, alone or distilled."""
     run = Run(Path(), on.dataset, on.config, torch.device(on.device), {})
-    encode = stage_two(Teacher(*on), on.config) if name == FROZEN else None
+    encode = frozen_teacher(Teacher(*on), on.config) if name == FROZEN else None
     taught = Distillation(run, encode)
     taught.refresh()
     student = Student(on.dataset.train, on.config, on.device)

@@ -16,7 +16,7 @@ from experiments import forgetting, inside
 from experiments.inside import Finding
 from experiments.lab import Job, Lab, compare, log_of, seeded, settings
 from experiments.methods import learn_teachers
-from experiments.publish import PAIRED, Output, markdown, protocol, ranking_table
+from experiments.publish import Output, markdown, paired, protocol, ranking_table
 from experiments.questions import CKD, KDSR, TABLES, Question
 
 REAL = ("tiktok", "citeulike")
@@ -97,7 +97,7 @@ def claims(lab: Lab, seeds: int) -> Output:
     columns = {"id": "", "claim": "claim", "here": "here", "verdict": "on real data"}
     parts = [markdown(rows, columns)]
     parts += [f"**{one.name}: {one.text}**\n\n{one.table}" for one in found]
-    note = f"{protocol(settings(lab), seeds)}; {PAIRED}; the rule is in claims.py"
+    note = f"{protocol(settings(lab), seeds)}; {paired(seeds)}; the rule is in claims.py"
     title = f"What CKD, PRM-KD and KDSR claim, on {lab.dataset.name}"
     return Output(title, rows, "\n\n".join(parts), note)
 

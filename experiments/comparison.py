@@ -37,10 +37,10 @@ from experiments.lab import (
     weights_of,
 )
 from experiments.publish import (
-    PAIRED,
     Output,
     fence,
     markdown,
+    paired,
     protocol,
     ranking_table,
     weights_line,
@@ -54,12 +54,13 @@ FEW = 3  # seeds of these
 SAME = 5e-4  # of Recall@20: other machines add up in another order
 LADDER = ("MostPop", "LightGCN", FUSED, "Teacher", "PromptMM")
 HOW = (  # Table 4 was made
-    f"{PAIRED}; p to PromptMM: the same, of Recall@20; tries: settings tried on validation "
-    "by the same search (tune.md; PromptMM begins as the best LightGCN, and its teacher's "
-    "tries are its own too), none: defaults; distilled: PromptMM's student and lists under "
-    "the comparison model with content that is best on validation; none of the paper's own "
-    "figures are about these data, so none stand beside"
+    "p to PromptMM: the same, of Recall@20; tries: settings tried on validation by the "
+    "same search (tune.md; PromptMM begins as the best LightGCN, and its teacher's tries "
+    "are its own too), none: not searched itself; distilled: PromptMM's student and lists "
+    "under the comparison model with content that is best on validation; none of the "
+    "paper's own figures are about these data, so none stand beside"
 )
+ANEW = "without --models all rows are trained anew"
 GROUPS = {  # by training interactions of an item: from, to below
     "never": (0, 1),
     "1-3": (1, 4),
@@ -118,7 +119,8 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     kept = kept_rows(lab, rows) if models else []
     rows = in_order(lab, rows + kept)
     adjust(rows, *TESTED, "p_promptmm")
-    note = f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so; {HOW}"
+    note = f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so"
+    note += f"; {paired(seeds)}; {HOW}"
     if kept:
         note += f"; trained before this: {', '.join(row['model'] for row in kept)}"
     weights = weights_of(lab, every["Teacher"])
@@ -145,14 +147,20 @@ def compared(lab: Lab, models: str) -> dict[str, Job]:
 
 
 def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
-    """Rows of the Table 4 published before, of these data, whose models `rows` lack.
+    """Rows of the Table 4 published before whose models `rows` lack.
 
-    DataError if LightGCN or PromptMM, which p are about, are others than there.
+    DataError if that is of other data, or does not say of which; or if LightGCN or
+    PromptMM, which p are about, are others than there.
     """
     file = lab.out / lab.dataset.name / "table4.json"
-    before = data.read_json(file, "rows") if file.exists() else {}
-    if before.get("fingerprint") != lab.fingerprint:
+    if not file.exists():
         return []
+    before = data.read_json(file, "rows")
+    found = before.get("fingerprint", "none")
+    there = (
+        f"{file}: expected data of fingerprint {lab.fingerprint[:12]}, found {found[:12]}"
+    )
+    need(found == lab.fingerprint, f"{there}; {ANEW}")
     old = {row["model"]: row for row in before["rows"]}
     fresh = {row["model"]: row for row in rows}
     for name in (REFERENCE, "PromptMM"):
@@ -163,7 +171,7 @@ def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
             f"{one['mean']:.4f} of {len(one['runs'])} seeds" for one in (was, now)
         )
         expected = f"{file}: expected {name} as there, {there}, found {here}"
-        need(as_many and as_high, f"{expected}; without --models all rows are trained anew")
+        need(as_many and as_high, f"{expected}; {ANEW}")
     best = [f"{rival}{DISTILLED}" for rival in rivals(search(lab))[:1]]
     students = [name for name in old if name.endswith(DISTILLED) and name not in best]
     return [old[name] for name in old if name not in fresh and name not in students]

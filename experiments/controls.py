@@ -26,9 +26,9 @@ from experiments.lab import (
     with_data,
 )
 from experiments.publish import (
-    PAIRED,
     Output,
     markdown,
+    paired,
     protocol,
     ranking_table,
     weights_line,
@@ -88,7 +88,8 @@ def controls(lab: Lab, seeds: int) -> Output:
         jobs |= taken_apart(full, jobs)
     rows = compare(lab, "controls", jobs, seeds, "LightGCN", elsewhere)
     title = f"Controls on {lab.dataset.name}, test split"
-    note = f"{protocol(full, seeds)}; {PAIRED}; {NOTE}{'' if lab.source else NOTE_APART}"
+    note = f"{protocol(full, seeds)}; {paired(seeds)}; {NOTE}"
+    note += "" if lab.source else NOTE_APART
     found = fidelity(lab, full, seeds)
     teachers = seeded(climb["Teacher"], seeds)
     weights = {name: weights_of(place, teachers) for name, place in places.items()}
@@ -151,7 +152,7 @@ def lists(lab: Lab, seeds: int) -> Output:
     jobs |= {name: Job(FULL, config) for name, config in rows.items()}
     found = compare(lab, "lists", jobs, seeds, FULL)
     note = (
-        f"{protocol(full, seeds)}; {PAIRED}; PromptMM: {full.list_items} lists, "
+        f"{protocol(full, seeds)}; {paired(seeds)}; PromptMM: {full.list_items} lists, "
         f"α = {full.alpha:g}, β = {full.beta}; plain KL: α = 1, β = 1 - b+ (Eq. 16); λ₃ is "
         "the same in every row"
     )

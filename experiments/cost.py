@@ -23,6 +23,7 @@ from torch import nn
 import data
 from baselines import MODELS
 from data import Dataset, Sampler
+from experiments.comparison import CONTENT_FREE
 from experiments.lab import (
     Job,
     Lab,
@@ -42,8 +43,8 @@ from promptmm import (
     Student,
     Teacher,
     Terms,
+    frozen_teacher,
     pace,
-    stage_two,
     teacher_terms,
     train_epoch,
 )
@@ -135,8 +136,16 @@ def measure(model: str, source: Path, run: Path, device: str) -> dict:
 
     learner = embed()
     row = {"peak_embed": peak(device), "embed": median(embed, device, 5)} | sizes(learner)
-    row["epoch"] = epoch(model, learner, data.load(source), config, device)
+    row["epoch"] = epoch(model, learner, needed(model, source), config, device)
     return row | {"peak_train": peak(device)}
+
+
+def needed(model: str, source: Path) -> Dataset:
+    """The data in files of the native layout, without features for who reads none."""
+    if model in ("student alone", *CONTENT_FREE):
+        parts = [sparse.load_npz(source / f"{s}.npz") for s in ("train", "val", "test")]
+        return Dataset(source.name, *parts, {})
+    return data.load(source, check=False)
 
 
 def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn.Module:
@@ -206,7 +215,7 @@ def objective(
     encode = None
     if kind != "student alone":
         teacher = Teacher(dataset, config, device)
-        encode = stage_two(teacher, config)
+        encode = frozen_teacher(teacher, config)
         if teacher.prompt.weight.requires_grad:  # it is tuned
             learner["prompt"] = teacher.prompt
     taught = Distillation(Run(Path(), dataset, config, torch.device(device), {}), encode)
@@ -225,7 +234,7 @@ def median(call: Callable, device: str = "cpu", repeat: int = 9) -> float:
         began = time.perf_counter()
         call()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
 
@@ -233,7 +242,7 @@ def median(call: Callable, device: str = "cpu", repeat: int = 9) -> float:
 def peak(device: str) -> float:
     """MiB at most in use so far: of this process, or allocated on the GPU."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():  # on a Mac: bytes, the parent's pages among them
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -52,7 +52,7 @@ from promptmm import (
     Pair,
     Run,
     Teacher,
-    stage_two,
+    frozen_teacher,
     train_student,
     train_teacher,
 )
@@ -131,6 +131,7 @@ class Lab:
     origin: str = ""  # of data changed by `with_data`: the fingerprint of what they were
     beneath: "Lab | None" = None  # whose LightGCN teachers stand on: it reads no feature
     chosen: dict = field(default_factory=dict, compare=False)  # while a search goes on
+    searches: dict[str, dict] = field(default_factory=dict, compare=False)  # read before
     used: set[Path] = field(default_factory=set, compare=False)  # models, by folder
     side_by_side: int = 1  # models trained at a time, each in a process of its own
 
@@ -375,7 +376,7 @@ def trained_pair(lab: Lab, run: Run, job: Job) -> tuple[Tensor, Tensor]:
 
 
 def scaled(user: Tensor, item: Tensor) -> Pair:
-    """E_u [U, e], E_i [I, e] with logits on the scale of `promptmm.stage_two`'s."""
+    """E_u [U, e], E_i [I, e] with logits on the scale of `promptmm.frozen_teacher`'s."""
     return user / size_of(user, item), item
 
 
@@ -389,10 +390,10 @@ def teachers_for(lab: Lab, job: Job) -> distillers.common.Teachers:
     found: distillers.common.Teachers = {}
     if "alone" in words:
         for m, place in each_alone(lab).items():
-            encode = stage_two(load_teacher(place, frozen), frozen)
+            encode = frozen_teacher(load_teacher(place, frozen), frozen)
             found |= {m: encode()[:2]} if encode else {}
     if "joint" in words:
-        encode = stage_two(load_teacher(lab, frozen, job.kind), frozen)
+        encode = frozen_teacher(load_teacher(lab, frozen, job.kind), frozen)
         found |= distillers.common.teachers_of(encode()) if encode else {}
     if found and "lightgcn" in words:
         found["lightgcn"] = ids_of(lab, frozen)
@@ -478,8 +479,9 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
     )
     context = multiprocessing.get_context("spawn")
     given = ROOT, lab.device
+    code = digest(sorted(IMPORTED.values()))
     with ProcessPoolExecutor(lab.side_by_side, context, prepare, given) as pool:
-        begun = {pool.submit(learn, lab, *job): job for job in in_turn}
+        begun = {pool.submit(learn_as, code, lab, job): job for job in in_turn}
         pool.submit(int)  # wakes the pool, which else may not watch the last process
         try:
             for future in as_completed(begun):
@@ -491,6 +493,15 @@ def learn_each(lab: Lab, jobs: list[Job]) -> Iterator[tuple[Job, Path]]:
             for process in multiprocessing.active_children():
                 process.terminate()  # what it trained is kept, to the last epoch
             raise
+
+
+def learn_as(code: str, lab: Lab, job: Job) -> Path:
+    """`learn` in a process that has read the files anew: they must be the caller's."""
+    same = code == digest(sorted(IMPORTED.values()))
+    need(
+        same, "--jobs: a source file was edited meanwhile; expected no edits while it runs"
+    )
+    return learn(lab, *job)
 
 
 def prepare(root: Path, device: torch.device) -> None:
@@ -576,7 +587,7 @@ def judge(
         return per_user(lab, Job(model, config), split)
     judged_by = [CODE / "evaluate.py"]  # --keep takes older models, never older figures
     if model == FUSED:  # kept beside its LightGCN
-        judged_by.append(CODE / "baselines" / "profile.py")
+        judged_by = [*CORE, CODE / "baselines" / "profile.py"]
         name = f"fused-{lab.fingerprint[:12]}-{split}"
         folder = learn(lab.beneath or lab, "LightGCN", ids_settings(lab, config))
     else:
@@ -710,12 +721,18 @@ def gains(found: Values, reference: Values) -> dict[str, float | None]:
 
 
 def search(lab: Lab, part: str = "tune") -> dict:
-    """What `tune` found on exactly these data, or nothing.
+    """What `tune` found on exactly these data, in --out or else in results, or nothing.
 
-    The embedded data are known without a fingerprint: their search holds whatever the last
-    bits of their features are.
+    A part reads it once: another may be published while it trains. The embedded data are
+    known without a fingerprint: their search holds whatever the last bits of their features
+    are.
     """
-    file = ROOT / "results" / lab.dataset.name / f"{part}.json"
+    if part in lab.searches:
+        return lab.searches[part]
+    places = [
+        out / lab.dataset.name / f"{part}.json" for out in (lab.out, ROOT / "results")
+    ]
+    file = next(filter(Path.exists, places), places[-1])
     found = data.read_json(file, "best", "tried") if file.exists() else {}
     searched_on = lab.origin or lab.fingerprint
     same = not lab.source or found.get("fingerprint") == searched_on

@@ -30,7 +30,7 @@ from experiments.lab import (
     tries as tries_of,
     with_teachers,
 )
-from experiments.publish import PAIRED, Output, markdown, percent, protocol
+from experiments.publish import Output, markdown, paired, percent, protocol
 from experiments.tune import STUDENT
 from promptmm import Config
 
@@ -85,9 +85,9 @@ def methods(lab: Lab, seeds: int) -> Output:
     adjust(rows, "p_promptmm")
     served = same_size(lab, jobs)
     note = (
-        f"{protocol(jobs['PromptMM'].config, seeds)}; {PAIRED}, which are the four methods "
-        "here, and three beside PromptMM; seeds above: of the same seed; tries: the "
-        "teacher's and the student's; s of teachers: all that is trained before one "
+        f"{protocol(jobs['PromptMM'].config, seeds)}; {paired(seeds)}, which are the four "
+        "methods here, and three beside PromptMM; seeds above: of the same seed; tries: "
+        "the teacher's and the student's; s of teachers: all that is trained before one "
         "student; seconds as logged when it was trained, whatever ran beside, without "
         "validation, in which a teacher's w_m are found; "
         f"each of the four serves {served:,} numbers. PRM-KD's formulas and CKD's "

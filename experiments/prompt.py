@@ -49,8 +49,8 @@ from promptmm import (
     Student,
     Teacher,
     fit,
-    on_one_scale,
     teacher_terms,
+    unit_logits,
 )
 
 SHARES = (0.05, 0.2, 1.0)  # λ₁
@@ -101,7 +101,8 @@ def prompt(lab: Lab, seeds: int) -> Output:
     title = f"The prompt under a microscope on {lab.dataset.name}"
     note = (
         f"{protocol(settings(lab), seeds)}; λ₁ is the prompt's share of x^m; p: users and "
-        "seeds drawn, against the first row of each table, not adjusted"
+        "seeds drawn, against the first row of each table, not adjusted; s of training: "
+        'as logged, "all anew" when it was trained, perhaps beside others'
     )
     return Output(title, rows, text, note)
 
@@ -249,7 +250,7 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     student = Student(dataset.train, config, lab.device)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), dataset, config, lab.device, {})
-        encode = on_one_scale(teacher)
+        encode = unit_logits(teacher)
         if not parameters:
             encode = partial(Encoded, *encode())  # the same at each step
         if teacher.knows_no_more():  # no modality weighs anything: LightGCN

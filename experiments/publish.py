@@ -31,10 +31,6 @@ COLOURS = [
     "#E69F00",
     "#56B4E9",
 ]  # Okabe and Ito's
-PAIRED = (
-    "p: bootstrap over users, paired, with the seeds of both models drawn too (10,000 "
-    "draws, so never below 0.0001), by Holm's method over the rows"
-)
 
 
 @dataclass
@@ -98,11 +94,21 @@ def ranking_table(rows: list[dict], reference: str, more: dict | None = None) ->
 
 
 def protocol(config: Config, seeds: int) -> str:
+    several = f"seeds 0 to {seeds - 1}; mean ± standard deviation over seeds"
     return (
         f"selection by validation Recall@20 every {config.eval_every} epochs, patience "
         f"{config.patience} evaluations (a teacher's: {config.patience_teacher}); test "
         "read once, at the selected epoch; all items ranked except the user's training and "
-        f"validation items; seeds 0 to {seeds - 1}; mean ± standard deviation over seeds"
+        f"validation items; {several if seeds > 1 else 'one seed'}"
+    )
+
+
+def paired(seeds: int) -> str:
+    """What a table's p draws; one seed says nothing of how seeds differ."""
+    drawn = "the seeds of both models drawn too" if seeds > 1 else "no seed drawn"
+    return (
+        f"p: bootstrap over users, paired, with {drawn} (10,000 draws, so never below "
+        "0.0001), by Holm's method over the rows"
     )
 
 
@@ -215,11 +221,9 @@ def publish(
     write(folder / f"{name}.json", as_json(content))
     table = f"<!-- table -->\n{output.text}\n<!-- end -->"
     parts = [f"# {output.title}", table, output.note, footer(made)]
-    if output.plot:
+    if output.plot and draw(output.plot, folder / f"{name}.png"):
         parts.insert(2, f"![{output.title}]({name}.png)")
     write(folder / f"{name}.md", "\n\n".join(filter(None, parts)) + "\n")
-    if output.plot:
-        draw(output.plot, folder / f"{name}.png")
     print(f"{folder / name}.md\n{output.text}\n", flush=True)
     return folder / f"{name}.md"
 
@@ -240,16 +244,18 @@ def finite(content):
     return None if broken else content
 
 
-def draw(plot: Callable, file: Path) -> None:
-    """A PNG at README width, where the extra [plot] is installed."""
+def draw(plot: Callable, file: Path) -> bool:
+    """A PNG at README width, if the extra [plot] is installed; else not even an old one."""
+    file.unlink(missing_ok=True)
     try:
         figure = styled(plot)
     except ImportError as error:
-        print(f"skipped {file.name}: {error}; pip install '.[plot]' draws it")
-        return
+        print(f"skipped {file.name}: {error}; with pip install '.[plot]' --force draws it")
+        return False
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     write(file, stream.getvalue())
+    return True
 
 
 def styled(plot: Callable):

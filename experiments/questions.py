@@ -63,9 +63,10 @@ def full_is_best(
         others = [row for name, row in rows.items() if name != model]
         if any(outcome(row, full) == "yes" for row in others):
             return "against"
-        lacking = [rows[name] for name in parts if name in rows]
-        worse = [outcome(row, full, sign=-1) == "yes" for row in lacking]
-        return "yes" if worse and all(worse) else "no"
+        if not rows.keys() >= {*parts}:
+            return "no"  # the search has left a part out
+        worse = [outcome(rows[name], full, sign=-1) == "yes" for name in parts]
+        return "yes" if all(worse) else "no"
 
     return judged
 
@@ -118,9 +119,9 @@ KDSR_CHANGES = {
 def on_both(lab: Lab) -> dict[str, Job]:
     alone, taught = settings(lab, ALONE), settings(lab, KDSR)
     rows = {}
-    for name, layers in (("L = 0", 0), ("L as found", alone.student_layers)):
-        rows[f"{ALONE}, {name}"] = Job(ALONE, replace(alone, student_layers=layers))
-        rows[f"{KDSR}, {name}"] = Job(KDSR, replace(taught, student_layers=layers))
+    for model, config in ((ALONE, alone), (KDSR, taught)):
+        rows[f"{model}, L = 0"] = Job(model, replace(config, student_layers=0))
+        rows[f"{model}, L as found"] = Job(model, config)
     return rows
 
 

@@ -7,7 +7,7 @@ own search, under the defaults, and under what a search found on each other data
 
 from dataclasses import replace
 
-from experiments.lab import Job, Lab, compare, settings
+from experiments.lab import Job, Lab, compare, search, settings
 from experiments.publish import Output, markdown, protocol
 from promptmm import LIGHTGCN, PRESETS
 
@@ -39,13 +39,17 @@ def transfer(lab: Lab, seeds: int) -> Output:
         rows.append(row | {"ratio": ratio, "p": student["p_single"]})
         values += [student, alone]
     title = f"Settings from elsewhere on {lab.dataset.name}, Recall@20 on test"
-    note = f"{protocol(settings(lab), seeds)}; p of each pair alone, not adjusted"
+    note = (
+        f"{protocol(settings(lab), seeds)}, under its own settings (a row's eval_every and "
+        "patience are those of its settings); p of each pair alone, not adjusted"
+    )
     return Output(title, rows, markdown(rows, COLUMNS), note, extra={"pairs": values})
 
 
 def foreign(lab: Lab) -> dict[str, Lab]:
     """The same data under other settings, by where these are from."""
-    places = {"own search": lab, "defaults": chosen(lab, {}, {})}
+    places = {"own search": lab} if search(lab) else {}
+    places["defaults"] = chosen(lab, {}, {})
     for name, preset in PRESETS.items():
         if name not in (lab.dataset.name, "synthetic"):
             places[f"found on {name}"] = chosen(lab, LIGHTGCN[name], preset)

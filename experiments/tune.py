@@ -90,8 +90,9 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     """Random local search on validation with one seed, equally many tries for every model.
 
     PromptMM's are shared by its teacher and its student, half each. A try redraws each
-    setting of the best so far with probability 1/3. Teacher and student begin as the best
-    LightGCN found, but for what START says; the student is searched under the best teacher.
+    setting of the best so far with probability 1/3. A comparison
+    model begins with what LIKE_LIGHTGCN names of the best LightGCN, the student as that and
+    the best teacher, all with what START says.
     models: these alone, comma-separated; of the others, what was found before stays, and
     with as many tries.
     """
@@ -99,7 +100,10 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     chosen = known(models, spaces) if models else list(spaces)
     before = search(lab) if models else {}
     others = before.get("tried", tries)
-    need(others == tries, f"expected --tries {others}, as the others had, found {tries}")
+    need(
+        lab.quick or others == tries,
+        f"expected --tries {others}, as the others had, found {tries}",
+    )
     best = {name: own for name, own in before.get("best", {}).items() if name not in chosen}
     rows = [row for row in before.get("rows", []) if row["model"] in best]
     budget = dict.fromkeys(chosen, tries)

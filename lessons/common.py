@@ -28,8 +28,8 @@ from promptmm import (
     Student,
     bpr_terms,
     fit,
+    frozen_teacher,
     scores,
-    stage_two,
     train_student,
     train_teacher,
 )
@@ -83,7 +83,7 @@ def taught(dataset: Dataset, config: Config) -> tuple[Pair, Pair]:
     """LightGCN, and the teacher that stands on it, its logits of deviation 1."""
     with training(dataset, config) as run:
         lightgcn = train_student(run, "alone")
-        encode = stage_two(train_teacher(run, lightgcn), config)
+        encode = frozen_teacher(train_teacher(run, lightgcn), config)
     return lightgcn, encode()[:2] if encode else one_scale(lightgcn)
 
 
@@ -121,11 +121,12 @@ def distil(run: Run, teacher: Pair, loss: Callable) -> Pair:
     centred = teacher[1] - teacher[1].mean(0)  # [I, D]
     components = centred @ principal(centred, config.dim)[0]  # [I, d]
 
-    def extend(users, lists):
+    def extend(users, pairs):
         column = torch.randint(best.shape[1], (len(users), config.negatives))
-        return torch.cat([lists, best[users[:, None], column]], dim=1)  # [B, K]
+        return torch.cat([pairs, best[users[:, None], column]], dim=1)  # [B, K]
 
-    def terms(users, lists):
+    def terms(users, pairs):
+        lists = extend(users, pairs)
         user, item = student()  # [U, d], [I, d]
         logits = scores(user, item, users, lists)  # [B, K]
         drawn = lists[:, 1]  # a random item  [B]
@@ -134,7 +135,7 @@ def distil(run: Run, teacher: Pair, loss: Callable) -> Pair:
         return own | {"kd": loss(logits, *told)}
 
     groups = [{"params": student.parameters(), "lr": config.lr_student}]
-    fit(run, "student", student, groups, 2, terms, student, extend=extend)
+    fit(run, "student", student, groups, 2, terms, student)
     with torch.no_grad():
         return student()
 

@@ -24,7 +24,16 @@ from experiments import (
 )
 from experiments.inside import Finding, Watched, in_mode, order
 from experiments.lab import Job, Lab, holm, learn, settings
-from experiments.questions import ALONE, CKD, KDSR, PRM, TABLES, full_is_best, outcome
+from experiments.questions import (
+    ALONE,
+    CKD,
+    CKD_PARTS,
+    KDSR,
+    PRM,
+    TABLES,
+    full_is_best,
+    outcome,
+)
 from promptmm import Run, Teacher
 
 
@@ -53,17 +62,19 @@ def test_a_claim_holds_by_p_and_by_seeds():
     worse, better, same = row([0.05] * 5), row([0.2] * 5), row([0.1] * 5, p=1.0)
     assert judged(None, {"full": base, "a": worse, "b": worse}) == "yes"
     assert judged(None, {"full": base, "a": worse, "b": same}) == "no"  # each part, not one
-    assert judged(None, {"full": base, "a": worse, "variant": same}) == "yes"
-    assert judged(None, {"full": base, "a": worse, "variant": better}) == "against"
-    assert judged(None, {"full": base, "a": row([0.05] * 5, p=0.5)}) == "no"
+    both = {"full": base, "a": worse, "b": worse}
+    assert judged(None, both | {"variant": same}) == "yes"
+    assert judged(None, both | {"variant": better}) == "against"
+    assert judged(None, {"full": base, "a": worse}) == "no"  # the search left out b
+    assert judged(None, both | {"a": row([0.05] * 5, p=0.5)}) == "no"
     assert judged(None, {"full": base, "variant": same}) == "no"  # nothing lacks a part
-    two_seeds_differ = row([0.05, 0.05, 0.05, 0.12, 0.12])
-    assert judged(None, {"full": base, "a": two_seeds_differ}) == "no"
+    assert judged(None, both | {"a": row([0.05, 0.05, 0.05, 0.12, 0.12])}) == "no"
 
 
 JUDGED = [  # a claim, recalls of its rows, what that says
-    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "λ_g = 0": 0.1, "one block for all": 0.2}, "yes"),
-    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "λ_g = 0": 0.2}, "no"),
+    ("C-2", {CKD: 0.2, **dict.fromkeys(CKD_PARTS, 0.1), "one block for all": 0.2}, "yes"),
+    ("C-2", {CKD: 0.2, **dict.fromkeys(CKD_PARTS, 0.1), "λ_g = 0": 0.2}, "no"),
+    ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "λ_g = 0": 0.1}, "no"),  # weights: found at 1
     ("C-2", {CKD: 0.2, "λ_s = 0": 0.1, "one block for all": 0.3}, "against"),
     ("C-3", {CKD: 0.2, ALONE: 0.1}, "yes"),
     ("C-3", {CKD: 0.1, ALONE: 0.2}, "against"),
@@ -214,17 +225,41 @@ def test_the_order_of_teachers_on_what_they_have_not_seen(lab, monkeypatch, unse
         asked.append((taken.nnz, of.nnz))
         config = method.config
         assert config.confidence == config.consistency == 1  # whatever the search found
-        return [1, 2, 3] if len(asked) == 1 else list(unseen)
+        return [1, 2, 3] if len(asked) % 2 else list(unseen)
 
     pairs = {m: (torch.randn(60, 4), torch.randn(40, 4)) for m in ("joint", "lightgcn")}
     lab = dataclasses.replace(lab, chosen={PRM: {"confidence": 0.0, "consistency": 0.0}})
     monkeypatch.setattr(inside, "teachers_for", lambda *_: pairs)
     monkeypatch.setattr(inside, "mean_weights", weights)
-    found = inside.memory(lab, 1)
+    found = inside.memory(lab, 3)
     train, val = lab.dataset.train.nnz, lab.dataset.val.nnz
-    assert asked == [(train, train), (train + val, val)]
-    assert [row["val"] for row in found.rows] == list(unseen) and found.outcome == same
+    assert asked == 3 * [(train, train), (train + val, val)]
+    assert [row["val"]["runs"] for row in found.rows] == [[one] * 3 for one in unseen]
+    assert [row["train"]["runs"] for row in found.rows] == [[1] * 3, [2] * 3, [3] * 3]
+    assert found.outcome == same
+    assert f"The same order in {3 * (same == 'yes')} of 3 seeds." in found.table
     assert [row["teacher"] for row in found.rows] == ["joint", "lightgcn", "spectral"]
+
+
+def test_teachers_are_as_sure_in_four_of_five_seeds(lab, monkeypatch):
+    """A teacher that some seeds lack has the mean of those that have it."""
+    seen, turned = {"joint": 0.3, "lightgcn": 0.1}, {"joint": 0.1, "lightgcn": 0.3}
+    none = {"train": {}, "val": {}}
+
+    def judged(*seeds):
+        told = iter(seeds)
+        monkeypatch.setattr(inside, "sureness", lambda *_: next(told))
+        return inside.memory(lab, len(seeds))
+
+    same, other = {"train": seen, "val": seen}, {"train": seen, "val": turned}
+    assert judged(same, same, other, same, same).outcome == "yes"
+    assert judged(same, same, other, same, other).outcome == "no"
+    more = {"train": seen | {"image": 0.6}, "val": seen | {"image": 0.6}}
+    found = judged(none, same, more)
+    assert found.outcome == "yes" and "2 of 2 seeds" in found.table
+    by_name = {row["teacher"]: row["val"]["runs"] for row in found.rows}
+    assert by_name == {"joint": [0.3] * 2, "lightgcn": [0.1] * 2, "image": [0.6]}
+    assert judged(none, none).outcome == "no"
 
 
 def test_a_list_for_an_unseen_positive_holds_nothing_else_taken(lab, monkeypatch):
@@ -308,10 +343,18 @@ def test_verdicts_read_the_other_real_data_and_five_seeds_alone(lab, tmp_path):
 def test_the_order_of_weights():
     def rows(weights):
         pairs = zip("abc", (0.1, 0.2, 0.3), weights, strict=True)
-        return [{"modality": m, "alone": r, "w, last epoch": w} for m, r, w in pairs]
+        parts = [{"modality": m, "alone": r, "w, last epoch": w} for m, r, w in pairs]
+        return [part | {"seed": 0} for part in parts]
 
     found = [order(rows(w)) for w in ((3, 2, 1), (1, 3, 2), (1, 2, 3))]
     assert found == ["yes", "no", "no"]  # an order without a test refutes nothing
+    alone = {
+        "modality": "c",
+        "alone": 0.3,
+        "w, last epoch": 9.0,
+        "seed": 1,
+    }  # of one: no say
+    assert order([*rows((3, 2, 1)), alone]) == "yes" and order([alone]) == "no"
 
 
 def test_a_teacher_in_the_mode_of_one_modality(tiny, config):

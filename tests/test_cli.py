@@ -60,7 +60,7 @@ def test_main_prints_the_ladder(here, capsys):
         assert f"{metrics['test'][name]['recall@20']:.4f}" in line
         assert f"{metrics['test'][name]['ndcg@20']:.4f}" in line
     assert lines[6] == "weights beside LightGCN, by validation: visual 0.5, text 0.25"
-    assert "no candidates: train + val" in lines[7]
+    assert "hidden at test: train + val" in lines[7]
     config = json.loads((here / "runs/synthetic/config.json").read_text())
     assert (config["epochs"], config["dim"], config["data"]) == (
         4,

@@ -39,12 +39,20 @@ from experiments import (
     cost,
     incremental,
     lab as laboratory,
-    printed,
     publish,
     sensitivity,
     tune,
 )
-from experiments.__main__ import EVERY, PARTS, TUNE, main, perform, state_of
+from experiments.__main__ import (
+    EVERY,
+    PARTS,
+    TUNE,
+    laboratory as laboratory_of,
+    main,
+    parse,
+    perform,
+    state_of,
+)
 from experiments.controls import (
     BEGUN,
     NoContent,
@@ -253,7 +261,7 @@ def test_the_runner_trains_what_the_command_trains(lab, config, run):
     """Same seed, same models as `promptmm.py` makes, to the last bit."""
     ids = dataclasses.replace(config, l2=0.01, student_layers=3)
     lab = beneath(lab, ids)
-    whole = promptmm.pipeline(dataclasses.replace(run, dataset=lab.dataset, lightgcn=ids))
+    whole = promptmm.pipeline(dataclasses.replace(run, dataset=lab.dataset, beside=ids))
     for model, name, own in (
         ("Teacher", "teacher", config),
         ("LightGCN", "alone", ids),
@@ -417,6 +425,30 @@ def test_what_fails_side_by_side_fails_here(tiny, config, tmp_path, monkeypatch)
         laboratory.learn_all(lab, "both", jobs)
 
 
+def test_side_by_side_is_of_the_code_that_asked(tiny, config, tmp_path, monkeypatch):
+    """A process reads the files anew: after an edit it would train by other code."""
+    monkeypatch.setattr(laboratory, "ROOT", tmp_path)
+    lab = side_by_side(replaced(tiny, name="shop"), config, tmp_path, 2)
+    jobs = seeded(Job("LightGCN", settings_of("LightGCN", config)), 2)
+    edited = dict(laboratory.IMPORTED)
+    edited[laboratory.CODE / "losses.py"] += "# as it was when this process began"
+    monkeypatch.setattr(laboratory, "IMPORTED", edited)
+    with pytest.raises(data.DataError, match="a source file was edited meanwhile"):
+        laboratory.learn_all(lab, "both", jobs)
+    assert not any(laboratory.is_trained(lab.folder(*job)) for job in jobs)
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [("1", 3), ("2", 1)])
+def test_with_jobs_this_process_has_a_thread_too(jobs, threads, embedded):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        laboratory_of(parse(["table3", "--jobs", jobs, "--out", str(embedded)]))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------ the code is part of the name
 
 
@@ -512,6 +544,7 @@ def test_training_again_removes_the_models_of_this_dataset_only(
     assert main(["all", *flags]) == 0
     assert own.exists()
     assert main(["table3", "--force", *flags]) == 0
+    assert main(["all", "--quick", "--force", *flags]) == 0  # a smoke test removes nothing
     assert own.exists()
     assert main(["all", "--force", *flags]) == 0
     assert not own.exists()
@@ -706,6 +739,7 @@ def test_a_search_for_some_models_has_as_many_tries_as_the_others(lab, monkeypat
         return [{"model": model, "validation": 0.1, "settings": first}]
 
     monkeypatch.setattr(tune, "search_model", watched)
+    lab = dataclasses.replace(lab, quick=False)
     with pytest.raises(data.DataError, match="expected --tries 4, .* found 6"):
         tune.tune(lab, 6, "BM3")
     assert not budgets
@@ -776,7 +810,10 @@ def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch
         return [row["model"] for row in comparison.kept_rows(lab, fresh)]
 
     assert kept([0.2001], [0.3001]) == ["VBPR", "FREEDOM, distilled"]
-    assert kept([0.2001], [0.3001], "of other data") == []
+    with pytest.raises(
+        data.DataError, match="expected data of fingerprint .* found of oth"
+    ):
+        kept([0.2001], [0.3001], "of other data")
     with pytest.raises(data.DataError, match="LightGCN .* 0.2000 of 1 .* found 0.2010"):
         kept([0.201], [0.3])
     with pytest.raises(data.DataError, match="PromptMM .* 0.3000 of 1 .* found 0.3010"):
@@ -961,7 +998,8 @@ def test_settings_from_elsewhere_are_those_of_the_presets(lab, monkeypatch):
     monkeypatch.setattr("experiments.transfer.PRESETS", presets)
     own = {"shop": {"dim": 5}, "other": {"batch": 64}}
     monkeypatch.setattr("experiments.transfer.LIGHTGCN", own)
-    lab = dataclasses.replace(lab, quick=True, chosen={"PromptMM": {"dim": 4}})
+    found_before = {"tune": {"best": {"PromptMM": {"dim": 4}}}}
+    lab = dataclasses.replace(lab, quick=True, chosen={}, searches=found_before)
     found = foreign(lab)
     assert list(found) == ["own search", "defaults", "found on other"]
     short = {"epochs": 2, "eval_every": 1}
@@ -980,6 +1018,12 @@ def test_settings_from_elsewhere_are_those_of_the_presets(lab, monkeypatch):
         judged = [judge(place, *job)["recall@20"].mean() for job in jobs.values()]
         assert [row["alone"]["mean"], row["student"]["mean"]] == pytest.approx(judged)
         assert row["ratio"] == f"{judged[1] / judged[0]:.1%}"
+
+
+def test_transfer_without_a_search_has_no_row_of_its_own(lab, monkeypatch):
+    assert "own search" not in foreign(lab) and "defaults" in foreign(lab)
+    lab = dataclasses.replace(lab, searches={"tune": {"best": {}}})
+    assert "own search" in foreign(lab)
 
 
 def test_transfer_where_lightgcn_finds_nothing(lab, monkeypatch):
@@ -1143,10 +1187,10 @@ def test_a_teacher_without_content_ranks_as_lightgcn_and_teaches(lab, config):
         without, usual = load_teacher(lab, config, NoContent), load_teacher(lab, config)
         for teacher in (without, usual):
             teacher.weights.copy_(torch.tensor(weights))
-        encode = promptmm.stage_two(without, config)
+        encode = promptmm.frozen_teacher(without, config)
         best = [top_items(user @ item.T, 40)[1] for user, item in (ids, encode()[:2])]
         assert torch.equal(*best)
-        assert (promptmm.stage_two(usual, config) is None) == (not any(weights))
+        assert (promptmm.frozen_teacher(usual, config) is None) == (not any(weights))
     assert not encode().user_modal
     for metric in SHOWN:
         own, theirs = (
@@ -1586,7 +1630,8 @@ def test_the_parts_of_all(embedded, folder, monkeypatch):
     assert main(["all", "--out", str(embedded)]) == 0
     assert ran == [part for part in EVERY if part.where != "named"]
     named = {part.name for part in EVERY if part.where == "named"}
-    assert named == {"controls", "lists", "prompt", "transfer", "methods", "claims"}
+    asked = "options controls lists prompt transfer methods claims"
+    assert named == set(asked.split())
     assert list(EVERY) == list(PARTS.values())
     ran.clear()
     assert main(["all", "--data", str(folder), "--out", str(embedded)]) == 0
@@ -1632,6 +1677,69 @@ def test_a_search_is_made_again_after_a_change_of_code_only(lab, tmp_path, monke
     monkeypatch.setattr(laboratory, "CORE", files)
     perform(lab, part, False, tries=5)
     assert made == [4, 5, 5]
+
+
+def published_search(lab: Lab, out: Path, **best: dict) -> None:
+    file = out / lab.dataset.name / "tune.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {"best": best, "tried": 4, "rows": [], "fingerprint": lab.fingerprint}
+    file.write_text(json.dumps(found))
+
+
+def test_a_part_reads_the_search_once(lab):
+    """Published anew while it trains, its settings stay; the next part has the new ones."""
+    lab = dataclasses.replace(lab, chosen={})
+    published_search(lab, lab.out, LightGCN={"l2": 0.5})
+    seen = []
+
+    def table3(lab):
+        for l2 in (0.5, 0.25):
+            published_search(lab, lab.out, LightGCN={"l2": l2})
+            seen.append(settings(lab, "LightGCN").l2)
+        return comparison.table3(lab)
+
+    part = PARTS["table3"]._replace(function=table3)
+    perform(lab, part, False)
+    perform(lab, part, False)  # after another search it is not "finished before"
+    assert seen == [0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_search_in_out_comes_before_the_one_in_results(lab, tmp_path):
+    lab = dataclasses.replace(lab, chosen={}, out=tmp_path / "elsewhere")
+    published_search(lab, laboratory.ROOT / "results", LightGCN={"l2": 0.5})
+    assert settings(lab, "LightGCN").l2 == 0.5
+    published_search(lab, lab.out, LightGCN={"l2": 0.25})
+    assert settings(lab, "LightGCN").l2 == 0.25
+
+
+def test_one_seed_says_that_no_seed_was_drawn():
+    one, five = publish.protocol(Config(), 1), publish.protocol(Config(), 5)
+    assert one.endswith("items; one seed") and "seeds 0 to 4; mean ±" in five
+    assert "no seed drawn" in publish.paired(1)
+    assert "seeds of both models drawn too" in publish.paired(5)
+
+
+def test_who_reads_no_feature_is_not_charged_with_any(folder):
+    for name in ("student alone", "MF-BPR", "LightGCN", "NGCF"):
+        light = cost.needed(name, folder)
+        assert not light.features
+        assert data.fingerprint(light, whole=False) == data.fingerprint(
+            data.load(folder), whole=False
+        )
+    for name in ("teacher", "student, prompt frozen", "VBPR"):
+        assert (
+            cost.needed(name, folder).features.keys() == data.load(folder).features.keys()
+        )
+
+
+def test_figures_of_the_late_fusion_are_of_todays_core(lab, config, tmp_path, monkeypatch):
+    """It is made of the core's unit rows and graph: judged anew after they change."""
+    judge(lab, laboratory.FUSED, config)
+    files = changed_core(tmp_path / "new", "temperature**2", "temperature**3")
+    keeping = dataclasses.replace(lab, keep=True)
+    monkeypatch.setattr(laboratory, "CORE", files)
+    judge(keeping, laboratory.FUSED, config)
+    assert len([*lab.cache.glob("lightgcn-*/fused-*-test-*.npz")]) == 2
 
 
 def test_the_main_job_is_shown_as_it_runs(folder, tmp_path, monkeypatch):
@@ -2369,9 +2477,13 @@ def test_without_matplotlib_the_table_is_written_all_the_same(
         return true_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    publish.draw(printed.figure2().plot, tmp_path / "figure2.png")
-    assert not (tmp_path / "figure2.png").exists()
+    old = tmp_path / "paper" / "figure2.png"  # of numbers that are no longer beside it
+    old.parent.mkdir()
+    old.write_bytes(b"old")
+    assert main(["figure2", "--out", str(tmp_path)]) == 0
     assert "skipped figure2.png" in capsys.readouterr().out
+    assert not old.exists()
+    assert "figure2.png" not in old.with_suffix(".md").read_text()
 
 
 # ------------------------------------------------------------ the package

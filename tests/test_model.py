@@ -23,11 +23,11 @@ from promptmm import (
     Student,
     Teacher,
     adjacency,
+    frozen_teacher,
     kd_terms,
     lightgcn,
     margin,
     scores,
-    stage_two,
     student_terms,
     teacher_terms,
 )
@@ -375,7 +375,7 @@ def test_stage_two_reduces_what_weighs_anything_alone(tiny, config, monkeypatch)
     config = dataclasses.replace(config, tune_prompt=True)
     teacher = Teacher(tiny, config)
     teacher.weights.copy_(torch.tensor([0.0, 0.5]))
-    encode = stage_two(teacher, config)
+    encode = frozen_teacher(teacher, config)
     reduced = []
     whole = Teacher.reduce
 
@@ -645,7 +645,7 @@ def test_logits_of_stage_2_have_one_scale(tiny, config):
         features = {m: loud * x for m, x in tiny.features.items()}
         ids = torch.randn(60, 8), torch.randn(40, 8)
         teacher = Teacher(replaced(tiny, features=features), config, "cpu", ids)
-        encoded = stage_two(teacher, config)()
+        encoded = frozen_teacher(teacher, config)()
         pairs = [encoded[:2]]
         pairs += [(user, encoded.item_modal[m]) for m, user in encoded.user_modal.items()]
         for user, item in pairs:
@@ -658,7 +658,7 @@ def test_lists_hold_the_teachers_best_and_no_training_positive(tiny, config, tmp
     run = Run(tmp_path, tiny, dataclasses.replace(config, list_pool=6), "cpu", {})
     ids = torch.randn(60, 8), torch.randn(40, 8)
     teacher = Teacher(tiny, config, "cpu", ids)
-    taught = Distillation(run, stage_two(teacher, config))
+    taught = Distillation(run, frozen_teacher(teacher, config))
     taught.refresh()
     users, pairs = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0))
     lists, told = taught.draw(users)
@@ -682,7 +682,7 @@ def test_known_logits_change_nothing(tune, tiny, config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, tune_prompt=tune, dropout=0.0)
     run = Run(tmp_path, tiny, config, "cpu", {})
     teacher = Teacher(tiny, config, "cpu", (torch.randn(60, 8), torch.randn(40, 8)))
-    taught = Distillation(run, stage_two(teacher, config))
+    taught = Distillation(run, frozen_teacher(teacher, config))
     taught.refresh()
     with torch.no_grad():  # a step later a tuned prompt is another, a frozen one is not
         teacher.prompt.weight += tune * torch.randn_like(teacher.prompt.weight)

@@ -24,7 +24,7 @@ from experiments.prompt import (
     outcome,
     tune,
 )
-from promptmm import Config, Run, Teacher, on_one_scale, stage_two, train_teacher
+from promptmm import Config, Run, Teacher, frozen_teacher, train_teacher, unit_logits
 
 
 @pytest.fixture
@@ -101,10 +101,10 @@ def test_an_adapter_starts_as_the_teacher_and_is_what_w_becomes(tiny, config, id
 
 
 def test_what_no_prompt_reaches_may_be_computed_once(tiny, config, ids):
-    """`stage_two` is the teacher on one scale, whichever way its products are formed."""
+    """`frozen_teacher` is the teacher on one scale, however its products are formed."""
     teacher = Teacher(tiny, config, "cpu", ids)
-    frozen = stage_two(teacher, dataclasses.replace(config, tune_prompt=False))()
-    ours = on_one_scale(teacher)()
+    frozen = frozen_teacher(teacher, dataclasses.replace(config, tune_prompt=False))()
+    ours = unit_logits(teacher)()
     for one, two in zip(frozen[:2], ours[:2], strict=True):
         assert torch.allclose(one, two, atol=1e-6)
     for m, part in frozen.user_modal.items():

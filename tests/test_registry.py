@@ -110,7 +110,7 @@ def teachers_for(dataset, settings: dict):
     torch.manual_seed(7)
     ids = tuple(torch.randn(n, 8) for n in dataset.train.shape)
     teacher = Teacher(dataset, Config(**settings), "cpu", ids)
-    return distillers.common.teachers_of(promptmm.stage_two(teacher, teacher.config)())
+    return distillers.common.teachers_of(promptmm.frozen_teacher(teacher, teacher.config)())
 
 
 def train(kind: str, name: str, run: Run, teachers=None):
@@ -325,7 +325,7 @@ def test_the_frozen_method_is_the_core(tiny, settings, tmp_path):
     config = Config(**settings, tune_prompt=False)
     torch.manual_seed(0)
     teacher = Teacher(tiny, config, "cpu", (torch.randn(60, 8), torch.randn(40, 8)))
-    encoded = promptmm.stage_two(teacher, config)()
+    encoded = promptmm.frozen_teacher(teacher, config)()
     student = promptmm.Student(tiny.train, config)
     users, lists = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0), 3)
     run = run_of(tmp_path / "method", tiny, settings | {"tune_prompt": False}, "core")
