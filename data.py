@@ -260,9 +260,9 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal directions of x [I, d_m] about the origin, and the deviation
-    from it along each, a root mean square.
+    """The first principal directions of x [I, d_m], and the deviation along each.
 
+    Both about the origin: the deviation is a root mean square.
     -> [d_m, k], [k] with k = min(count, d_m). Eigenvectors are unique up to their sign: the
     largest entry of each is made positive (errata P10).
     """

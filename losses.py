@@ -88,8 +88,8 @@ def list_kd(
 
     An identity re-weights nothing, so `beta="identity"` *is* the ablation "w/o disentangle"
     (errata P3). Constants α, β, free of the teacher's confidence, are the re-weighting
-    (decoupled distillation, Zhao et al., CVPR 2022). Raises ValueError for another
-    string.
+    (decoupled distillation, Zhao et al., CVPR 2022). Raises ValueError for any
+    other string.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(list_kd(student, teacher, beta="identity").item(), 4)  # equals kl(...) below
@@ -135,9 +135,8 @@ def embed_kd(student_item: Tensor, modal_item: Tensor, gamma: float = 2.0) -> Te
         mean over items of (1 - cos(e_i, f_i))^γ,   γ ≥ 1
 
     student_item, mapped to the teacher's width, and modal_item: [n, d_T] each -> []; items
-    only, as users have no content. A row
-    without a direction (norm < 1e-6 on either side) counts as cos = 0 and sends no
-    gradient. Raises ValueError for γ < 1.
+    only, as users have no content. A row without a direction (norm < 1e-6 on either side)
+    counts as cos = 0 and sends no gradient. Raises ValueError for γ < 1.
 
     >>> student = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> modal = torch.tensor([[3.0, 0.0], [1.0, 1.0]])

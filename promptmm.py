@@ -141,7 +141,7 @@ class Config:
     batch: int = of_student(
         0, "training edges in a step; 0: a 40th of all, ≥ 256 (ours; released: 512-1024)"
     )
-    batch_teacher: int = of_teacher(0, "the teacher's; 0: a tenth of all (ours)")
+    batch_teacher: int = of_teacher(0, "the teacher's; 0: a tenth of all, ≥ 256 (ours)")
     epochs: int = of_both(400, "cap on the epochs of a stage (ours)", low=1)
     eval_every: int = of_both(2, "epochs between validations (ours)", low=1)
     patience: int = of_student(

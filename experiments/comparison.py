@@ -4,6 +4,7 @@
 """
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,6 +105,7 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     models: of the comparison models these alone, comma-separated; rows of others stay as
     they were published, with p by Holm over all rows.
     """
+    before = published(lab) if models else []
     jobs = compared(lab, models)
     counts = {model: seeds_of(model, seeds) for model in jobs}
     rows = compare(lab, "Table 4", jobs, counts, REFERENCE)
@@ -116,7 +118,7 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
         row["seeds"] = "" if is_untrained(model) else counts[model]
         if model in ours:
             row["p_promptmm"] = ours[model]
-    kept = kept_rows(lab, rows) if models else []
+    kept = kept_rows(lab, rows, before)
     rows = in_order(lab, rows + kept)
     adjust(rows, *TESTED, "p_promptmm")
     note = f"{protocol(jobs['PromptMM'].config, seeds)}, fewer where the row says so"
@@ -146,22 +148,33 @@ def compared(lab: Lab, models: str) -> dict[str, Job]:
     return {model: Job(model, settings(lab, model)) for model in shown}
 
 
-def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
-    """Rows of the Table 4 published before whose models `rows` lack.
+def published(lab: Lab) -> list[dict]:
+    """The rows of the Table 4 on file; DataError if it is not said to be of these data.
 
-    DataError if that is of other data, or does not say of which; or if LightGCN or
-    PromptMM, which p are about, are others than there.
+    Read before anything is trained: a refusal at the end would cost hours.
     """
-    file = lab.out / lab.dataset.name / "table4.json"
+    file = table4_file(lab)
     if not file.exists():
         return []
     before = data.read_json(file, "rows")
-    found = before.get("fingerprint", "none")
-    there = (
-        f"{file}: expected data of fingerprint {lab.fingerprint[:12]}, found {found[:12]}"
-    )
-    need(found == lab.fingerprint, f"{there}; {ANEW}")
-    old = {row["model"]: row for row in before["rows"]}
+    ours, found = lab.fingerprint, before.get("fingerprint", "none")
+    there = f"{file}: expected data of fingerprint {ours[:12]}, found {found[:12]}"
+    need(found == ours, f"{there}; {ANEW}")
+    return before["rows"]
+
+
+def table4_file(lab: Lab) -> Path:
+    return lab.out / lab.dataset.name / "table4.json"
+
+
+def kept_rows(lab: Lab, rows: list[dict], before: list[dict]) -> list[dict]:
+    """Rows of `before`, the Table 4 on file, whose models `rows` lack.
+
+    DataError if LightGCN or PromptMM, which p are about, are others than there.
+    """
+    if not before:
+        return []
+    old = {row["model"]: row for row in before}
     fresh = {row["model"]: row for row in rows}
     for name in (REFERENCE, "PromptMM"):
         was, now = (found[name]["recall@20"] for found in (old, fresh))
@@ -170,7 +183,7 @@ def kept_rows(lab: Lab, rows: list[dict]) -> list[dict]:
         there, here = (
             f"{one['mean']:.4f} of {len(one['runs'])} seeds" for one in (was, now)
         )
-        expected = f"{file}: expected {name} as there, {there}, found {here}"
+        expected = f"{table4_file(lab)}: expected {name} as there, {there}, found {here}"
         need(as_many and as_high, f"{expected}; {ANEW}")
     best = [f"{rival}{DISTILLED}" for rival in rivals(search(lab))[:1]]
     students = [name for name in old if name.endswith(DISTILLED) and name not in best]

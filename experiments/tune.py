@@ -90,9 +90,10 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     """Random local search on validation with one seed, equally many tries for every model.
 
     PromptMM's are shared by its teacher and its student, half each. A try redraws each
-    setting of the best so far with probability 1/3. A comparison
-    model begins with what LIKE_LIGHTGCN names of the best LightGCN, the student as that and
-    the best teacher, all with what START says.
+    setting of the best so far with probability 1/3. A comparison model begins with what
+    LIKE_LIGHTGCN names of the best LightGCN, the student as that and the best teacher, all
+    with what START says.
+
     models: these alone, comma-separated; of the others, what was found before stays, and
     with as many tries.
     """

@@ -121,12 +121,9 @@ def distil(run: Run, teacher: Pair, loss: Callable) -> Pair:
     centred = teacher[1] - teacher[1].mean(0)  # [I, D]
     components = centred @ principal(centred, config.dim)[0]  # [I, d]
 
-    def extend(users, pairs):
-        column = torch.randint(best.shape[1], (len(users), config.negatives))
-        return torch.cat([pairs, best[users[:, None], column]], dim=1)  # [B, K]
-
     def terms(users, pairs):
-        lists = extend(users, pairs)
+        column = torch.randint(best.shape[1], (len(users), config.negatives))
+        lists = torch.cat([pairs, best[users[:, None], column]], dim=1)  # [B, K]
         user, item = student()  # [U, d], [I, d]
         logits = scores(user, item, users, lists)  # [B, K]
         drawn = lists[:, 1]  # a random item  [B]

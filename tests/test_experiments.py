@@ -807,7 +807,10 @@ def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch
             {"model": name, "recall@20": laboratory.spread(runs)}
             for name, runs in reached.items()
         ]
-        return [row["model"] for row in comparison.kept_rows(lab, fresh)]
+        return [
+            row["model"]
+            for row in comparison.kept_rows(lab, fresh, comparison.published(lab))
+        ]
 
     assert kept([0.2001], [0.3001]) == ["VBPR", "FREEDOM, distilled"]
     with pytest.raises(
@@ -820,6 +823,15 @@ def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch
         kept([0.2], [0.301])
     with pytest.raises(data.DataError, match="0.2000 of 1 .* found 0.2000 of 2 seeds"):
         kept([0.2, 0.2], [0.3])
+
+
+def test_table_4_of_other_data_is_refused_before_anything_is_trained(lab, monkeypatch):
+    file = lab.out / lab.dataset.name / "table4.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"rows": []}))  # as tables were before they said of what
+    monkeypatch.setattr(comparison, "compare", None)
+    with pytest.raises(data.DataError, match="expected data of fingerprint .* found none"):
+        comparison.table4(lab, 1, "VBPR")
 
 
 def of_today(row: dict) -> bool:
