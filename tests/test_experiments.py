@@ -789,47 +789,80 @@ def test_table_4_model_by_model_is_the_table_of_all_of_them(embedded):
         assert kept[key] == pytest.approx(1e-4 * (len(rows) - 1))
 
 
-def test_table_4_keeps_rows_of_the_same_data_and_baseline_alone(lab, monkeypatch):
-    """And of what a comparison model taught only the best one's student."""
-    found = {"LightGCN": 0.2, "PromptMM": 0.3, "VBPR": 0.1}
-    found |= {"BM3, distilled": 0.2, "FREEDOM, distilled": 0.3}
-    old = [
-        {"model": name, "recall@20": laboratory.spread([r])} for name, r in found.items()
+def table_4_on_file(lab: Lab, fingerprint: str, **recalls: list[float]) -> None:
+    """A published Table 4: Recall@20 of each seed, by model."""
+    rows = [
+        {"model": name.replace("_", ", "), "recall@20": laboratory.spread(runs)}
+        for name, runs in recalls.items()
     ]
     file = lab.out / lab.dataset.name / "table4.json"
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": rows, "fingerprint": fingerprint}))
+
+
+def test_table_4_keeps_rows_whose_models_are_not_trained_anew(lab, monkeypatch):
+    """And of what a comparison model taught only the best one's student."""
+    found = {"LightGCN": [0.2], "PromptMM": [0.3], "VBPR": [0.1]}
+    found |= {"BM3_distilled": [0.2], "FREEDOM_distilled": [0.3]}
+    table_4_on_file(lab, lab.fingerprint, **found)
     monkeypatch.setattr(comparison, "rivals", lambda _: ["FREEDOM", "BM3"])
+    fresh = [{"model": "LightGCN"}, {"model": "PromptMM"}]
+    kept = comparison.kept_rows(lab, fresh, comparison.published(lab))
+    assert [row["model"] for row in kept] == ["VBPR", "FREEDOM, distilled"]
+    fresh.append({"model": "VBPR"})
+    kept = comparison.kept_rows(lab, fresh, comparison.published(lab))
+    assert [row["model"] for row in kept] == ["FREEDOM, distilled"]
 
-    def kept(alone: list, taught: list, fingerprint: str = lab.fingerprint) -> list[str]:
-        file.write_text(json.dumps({"rows": old, "fingerprint": fingerprint}))
-        reached = {"LightGCN": alone, "PromptMM": taught}
-        fresh = [
-            {"model": name, "recall@20": laboratory.spread(runs)}
-            for name, runs in reached.items()
-        ]
-        return [
-            row["model"]
-            for row in comparison.kept_rows(lab, fresh, comparison.published(lab))
-        ]
 
-    assert kept([0.2001], [0.3001]) == ["VBPR", "FREEDOM, distilled"]
-    with pytest.raises(
-        data.DataError, match="expected data of fingerprint .* found of oth"
-    ):
-        kept([0.2001], [0.3001], "of other data")
+def test_table_4_keeps_rows_beside_the_same_reference_alone(lab, monkeypatch):
+    """LightGCN and PromptMM within the published mean's standard error, .0005 at least.
+
+    They are trained and compared first: no other model is, where they differ.
+    """
+    reached = {}
+    trained = []
+
+    def learn_all(lab, title, jobs):
+        trained.extend(job.model for job in jobs)
+
+    def recall(lab, job):
+        return reached[job.model][job.config.seed]
+
+    monkeypatch.setattr(comparison, "learn_all", learn_all)
+    monkeypatch.setattr(comparison, "recall", recall)
+    monkeypatch.setattr(comparison, "compare", None)  # what trains all of the rest
+
+    def compared(alone: list, taught: list) -> None:
+        trained.clear()
+        reached.update({"LightGCN": alone, "PromptMM": taught})
+        comparison.table4(lab, len(alone), "VBPR")
+
+    table_4_on_file(lab, lab.fingerprint, LightGCN=[0.2], PromptMM=[0.3])
     with pytest.raises(data.DataError, match="LightGCN .* 0.2000 of 1 .* found 0.2010"):
-        kept([0.201], [0.3])
+        compared([0.201], [0.3])
+    assert {*trained} == {"LightGCN"}
     with pytest.raises(data.DataError, match="PromptMM .* 0.3000 of 1 .* found 0.3010"):
-        kept([0.2], [0.301])
+        compared([0.2], [0.301])
     with pytest.raises(data.DataError, match="0.2000 of 1 .* found 0.2000 of 2 seeds"):
-        kept([0.2, 0.2], [0.3])
+        compared([0.2, 0.2], [0.3, 0.3])
+    with pytest.raises(TypeError, match="not callable"):  # goes on to the other models
+        compared([0.2004], [0.3004])
+
+    table_4_on_file(lab, lab.fingerprint, LightGCN=[0.19, 0.21], PromptMM=[0.3, 0.3])
+    with pytest.raises(TypeError, match="not callable"):  # standard error .01
+        compared([0.209, 0.209], [0.3, 0.3])
+    with pytest.raises(data.DataError, match="LightGCN .* 0.2000 of 2 .* found 0.2110"):
+        compared([0.211, 0.211], [0.3, 0.3])
 
 
 def test_table_4_of_other_data_is_refused_before_anything_is_trained(lab, monkeypatch):
-    file = lab.out / lab.dataset.name / "table4.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"rows": []}))  # as tables were before they said of what
+    monkeypatch.setattr(comparison, "learn_all", None)
     monkeypatch.setattr(comparison, "compare", None)
+    table_4_on_file(lab, "of other data", LightGCN=[0.2], PromptMM=[0.3])
+    with pytest.raises(data.DataError, match="expected data of fingerprint .* of oth"):
+        comparison.table4(lab, 1, "VBPR")
+    file = lab.out / lab.dataset.name / "table4.json"
+    file.write_text(json.dumps({"rows": []}))  # as tables were before they said of what
     with pytest.raises(data.DataError, match="expected data of fingerprint .* found none"):
         comparison.table4(lab, 1, "VBPR")
 
