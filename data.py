@@ -849,9 +849,11 @@ def from_log(
 def _read_log(log: Path) -> list[tuple[str, str]]:
     """(user, item) of each row of a CSV or TSV that has such columns."""
     with reading(log), open(log, newline="", encoding="utf-8-sig") as stream:
-        rows = csv.reader(stream, delimiter="\t" if log.suffix == ".tsv" else ",")
-        header = [name.strip().lower().replace("_", "") for name in next(rows, [])]
-        kinds = [name.removesuffix("id") for name in header]  # user_id, userID, user
+        delimiter = "\t" if log.suffix == ".tsv" else ","
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        header = next(rows, [])
+        # Of user_id, userID, User ID or user: user.
+        kinds = [name.lower().strip().removesuffix("id").rstrip("_ ") for name in header]
         once = kinds.count("user") == kinds.count("item") == 1
         need(once, f"expected columns user (or user_id) and item, found {header}")
         user, item = kinds.index("user"), kinds.index("item")
@@ -861,7 +863,10 @@ def _read_log(log: Path) -> list[tuple[str, str]]:
             line = f"line {rows.line_num}: expected {len(header)} cells"
             need(whole, f"{line}, with a user and an item, found {row}")
             pairs.append((row[user].strip(), row[item].strip()))
-        return pairs
+    hidden = rows.line_num - 1 - len(pairs)  # a stray quote swallows all up to the next
+    if hidden:
+        _warn(f"{log}: {hidden} lines are empty or within quotes: no rows of their own")
+    return pairs
 
 
 def _item_names(file: Path, n_items: int) -> list[str]:

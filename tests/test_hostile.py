@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -521,6 +522,31 @@ def test_rows_without_a_user_and_an_item(row, tmp_path, capsys):
     said = refusal(capsys)
     assert "log.csv: line 15: expected 3 cells, with a user and an item, found [" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", ["", '"'])
+def test_a_quote_that_does_not_end_with_its_cell(end, tmp_path, capsys):
+    """It would hide the rows up to the next one, or to the end."""
+    log = "user,item\n" + "".join(f"u{n % 4},{n % 5}\n" for n in range(20))
+    broken = log.replace("u2,2", '"u2,2', 1).replace("u3,3", f"u3,3{end}u", 1)
+    assert own(tmp_path, *GIVEN, "look=DIR/look.npy", log=broken) == 2
+    assert "log.csv: cannot be read: " in refusal(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_two_stray_quotes_hide_are_counted(tmp_path, capsys):
+    """Alone they cannot be told from a review of several lines."""
+    rows = [f"u{n % 4},{n % 5},good\n" for n in range(20)]
+    rows[4] = rows[4].replace("good", '"great, loved it')
+    rows[7] = rows[7].replace("good", '27"')
+    log = "user,item,review\n" + "".join(rows)
+    assert own(tmp_path, *GIVEN, "look=DIR/look.npy", log=log) == 0
+    warned = "log.csv: 3 lines are empty or within quotes"
+    assert warned in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    plain = log.replace('"', "").replace("great, ", "")
+    assert own(tmp_path, *GIVEN, "look=DIR/look.npy", log=plain) == 0
+    assert "within quotes" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
