@@ -630,8 +630,7 @@ def _check_split(dataset: Dataset, split: str, where: str) -> list[str]:
         f"{where}: expected splits of shape {train.shape}, found {split} of {matrix.shape}",
     )
     need(matrix.nnz, f"{where}: empty {split} split, expected at least one interaction")
-    idle = (np.diff(train.indptr) == 0) & (np.diff(matrix.indptr) > 0)
-    cold = idle.sum()
+    cold = ((np.diff(train.indptr) == 0) & (np.diff(matrix.indptr) > 0)).sum()
     return [f"{where}: {cold} {split} users have no training item"] if cold else []
 
 
@@ -834,7 +833,7 @@ def from_log(
     need(
         not strange,
         f"{log}: expected items of {items or 'the feature rows'}, "
-        f"found {len(strange)} others, such as {strange[:3]}",
+        f"found others, such as {strange[:3]}",
     )
     row = {name: i for i, name in enumerate(dict.fromkeys(user for user, _ in pairs))}
     cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)  # [n, 2]
@@ -1044,9 +1043,10 @@ def _parser() -> Parser:
 
 def _convert(args: argparse.Namespace) -> None:
     *source, out = args.paths
-    own = {args.interactions, args.items, args.seed, *args.features} != {None}
+    own = args.interactions or args.features or args.items or args.seed is not None
+    fits = not source and args.interactions if own else len(source) == 1
     need(
-        len(source) == 0 and args.interactions if own else len(source) == 1,
+        fits,
         "expected SRC OUT, or OUT with --interactions, --features, --items, --seed",
     )
     if args.interactions:
@@ -1054,8 +1054,8 @@ def _convert(args: argparse.Namespace) -> None:
         files = {m: Path(file) for m, _, file in pairs if m.isidentifier() and file}
         need(
             len(files) == len(pairs),
-            "--features: expected MODALITY=FILE.npy, a modality once, "
-            f"found {' '.join(args.features)}",
+            "--features: expected MODALITY=FILE.npy, each modality once, of letters, "
+            f"digits and _, found {' '.join(args.features)}",
         )
         dataset, ids = from_log(args.interactions, files, args.items, args.seed or 0)
         for warning in validate(dataset, str(args.interactions)):

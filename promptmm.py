@@ -535,10 +535,11 @@ def student_terms(
     student_user, student_item = student()  # [U, d], [I, d]
     logits = scores(student_user, student_item, users, lists)  # y^S [B, K]
     terms = bpr_terms(student, logits, users, lists, config.l2)
-    if encoded:
-        found = encoded, project, teacher_logits
-        terms |= kd_terms(config, logits, student_item, users, lists, *found)
-    return terms
+    if encoded is None:
+        return terms
+    return terms | kd_terms(
+        config, logits, student_item, users, lists, encoded, project, teacher_logits
+    )
 
 
 def kd_terms(
@@ -560,10 +561,10 @@ def kd_terms(
     """
     terms = {}
     tau = config.temperature
-    joint = encoded.teacher_user, encoded.teacher_item
-    prompt_is_tuned = encoded.teacher_item.requires_grad  # only then E^T carries a gradient
+    user, item = encoded.teacher_user, encoded.teacher_item  # [U, D], [I, D]
+    prompt_is_tuned = item.requires_grad  # only then E^T carries a gradient
     if teacher_logits is None:
-        teacher_logits = scores(*joint, users, lists)  # y^T [B, K]
+        teacher_logits = scores(user, item, users, lists)  # y^T [B, K]
     if config.lambda_pair:
         loss = pair_kd(margin(logits), margin(teacher_logits), tau)
         terms["pair_kd"] = config.lambda_pair * loss
@@ -768,9 +769,9 @@ class Distillation:
         self.config = config
         self.train = run.dataset.train
         self.encode = encode
-        kind = config.list_items if encode and config.lambda_list else "none"
-        self.from_top = kind == "top"
-        self.width = 1 + config.negatives if kind == "random" else 2
+        listed = bool(encode and config.lambda_list)
+        self.from_top = listed and config.list_items == "top"
+        self.width = 1 + config.negatives if listed and not self.from_top else 2
         self.best = self.best_logits = torch.empty(0)  # items, their y^T  [U, N]
         targets = encode().item_modal if encode and config.lambda_embed else {}
         widths = [item.shape[1] for item in targets.values()]
@@ -778,14 +779,14 @@ class Distillation:
         self.project = project.to(run.device)
 
     def refresh(self) -> None:
-        """Find each user's best items: once, or at each epoch if the prompt moves."""
-        known = len(self.best) and not self.config.tune_prompt
-        if not self.encode or not self.from_top or known:
+        """Find each user's best items: once, or at each epoch if the teacher moves."""
+        if not (self.encode and self.from_top):
             return
-        with torch.no_grad():
-            user, item, *_ = self.encode()
-        pool = self.config.list_pool
-        self.best, self.best_logits = best_unobserved(user, item, self.train, pool)
+        user, item, *_ = self.encode()
+        if not len(self.best) or item.requires_grad:
+            pair = user.detach(), item.detach()
+            pool = self.config.list_pool
+            self.best, self.best_logits = best_unobserved(*pair, self.train, pool)
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """K - 1 of each user's best items, with replacement, and their y^T: [B, K - 1]."""
@@ -844,9 +845,8 @@ def frozen_teacher(teacher: Teacher, config: Config) -> Callable[[], Encoded] | 
     None if no modality weighs anything: that teacher is LightGCN. All logits are divided by
     their standard deviation, once, so that τ and the λ mean the same on any data. What no
     prompt reaches is computed once, and with the prompt frozen that is all of it. With the
-    prompt tuned it becomes trainable: neither `no_grad` nor `detach` stands between θ_P and
-    the losses, so gradients reach it *through* the frozen teacher (Sec. 3.1.2, errata C4,
-    C8).
+    prompt tuned it becomes trainable: gradients reach it *through* the frozen teacher, but
+    for δ_u, which counts as constant in backward (Sec. 3.1.2, errata C4, C8).
     """
     teacher.eval().requires_grad_(False)
     if teacher.knows_no_more():
@@ -940,12 +940,12 @@ def pipeline(run: Run) -> dict:
 
 def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
     """student.npz: all that serving needs, readable with numpy alone."""
-    train = run.dataset.train
+    seen = run.dataset.train + run.dataset.val + run.dataset.test
     arrays = {
         "user": user.cpu().numpy(),
         "item": item.cpu().numpy(),
-        "seen_indptr": train.indptr,
-        "seen_indices": train.indices,
+        "seen_indptr": seen.indptr,
+        "seen_indices": seen.indices,
         "fingerprint": np.array(data.fingerprint(run.dataset, whole=False)),
     }
     write(run.folder / "student.npz", lambda stream: np.savez(stream, **arrays))
@@ -1144,9 +1144,10 @@ def _recommend(argv: list[str]) -> None:
         run = str(saved["fingerprint"])
         ids = data.own_ids(args.ids, run, users=len(user), items=len(item))
         users, items = ids["users"], ids["items"]
-    expected = f"expected --user {users[0]} … {users[-1]} and --k 1 or more"
-    known = args.user in users and args.k > 0
-    need(known, f"{expected}, found {args.user} and {args.k}")
+    expected = (
+        f"expected --user {users[0]} … {users[-1]} (your own: --ids) and --k 1 or more"
+    )
+    need(args.user in users and args.k > 0, f"{expected}, found {args.user} and {args.k}")
     u = users.index(args.user)
     for i, score in recommend(user[u], item, seen[start[u] : start[u + 1]], args.k):
         print(f"{items[i]}\t{score:.4f}")

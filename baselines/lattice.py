@@ -12,6 +12,7 @@ from baselines.common import (
     constant,
     cosines,
     directions,
+    filled,
     maps,
     nearest,
     normalised,
@@ -71,6 +72,7 @@ class LATTICE(Student):
         self.config = config
         self.features = standardised(dataset, device)  # x̃^m [I, d_m]
         self.reduction = maps(self.features, config.dim)  # W^m, b^m
+        self.filled = filled(self.features)  # [I, 1] each
         self.attention = nn.Parameter(torch.zeros(len(self.features)))  # before softmax
         self.raw_graphs = []  # S̃^m
         for x in directions(dataset, device).values():
@@ -99,9 +101,10 @@ class LATTICE(Student):
     def learnt(self, share: Tensor) -> list[Weighted]:
         """C̃ of a [M]: the links of every y^m, normalised together."""
         found = []
-        layers = zip(share, self.reduction, self.features.values(), strict=True)
-        for a, layer, x in layers:
-            y = layer(x) * x.any(1, keepdim=True)  # y^m [I, d]
+        features = self.features.values()
+        layers = zip(share, self.reduction, features, self.filled, strict=True)
+        for a, layer, x, has in layers:
+            y = layer(x) * has  # y^m [I, d]
             links = nearest(y.detach(), self.config.neighbours)
             found.append((links, a * cosines(y, links)))
         degree = torch.stack([row_sums(*pair) for pair in found]).sum(0)  # of C  [I]

@@ -197,13 +197,13 @@ class CKD:
     def terms(self, student_user, student_item, logits, users, lists: Tensor) -> Losses:
         """CKD.8 beyond BPR and ‖Θ‖²; a term of weight 0 is absent."""
         config, student = self.config, (student_user, student_item)
-        margins = block_margins(student, users, lists[:, :2], self.blocks)  # [1 + M, B]
+        margins = block_margins(student, users, lists, self.blocks)  # [1 + M, B]
         weights = torch.ones(len(self.teachers), 1, device=users.device)
         if self.blocks > 1:
             weights = weights_of(margins, config.effect)  # [M, 1] or [M, B]
         terms = {}
         if config.lambda_specific:
-            told = [block_margins(t, users, lists[:, :2])[0] for t in self.teachers]
+            told = [block_margins(t, users, lists)[0] for t in self.teachers]
             triples = zip(self.only(margins), told, weights, strict=True)
             losses = [specific_kd(*triple) for triple in triples]
             terms["specific_kd"] = config.lambda_specific * torch.stack(losses).sum()

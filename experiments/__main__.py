@@ -34,7 +34,7 @@ from distillers import METHODS
 from experiments import bench
 from experiments.ablation import figure3, options, table5
 from experiments.claims import claims, earlier
-from experiments.comparison import first_run, popularity, table3, table4
+from experiments.comparison import compared, first_run, popularity, table3, table4
 from experiments.controls import controls, lists
 from experiments.convergence import figure5
 from experiments.cost import table6
@@ -51,6 +51,7 @@ from experiments.lab import (
     locked,
     search,
     settings,
+    source,
     sources,
 )
 from experiments.methods import methods
@@ -155,6 +156,7 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
     if part.name in TUNES:  # the models' settings are its outcome
         models = [code_digest(sources(model)) for model in trained]
     else:
+        trained += tuple(model for model in compared(lab, "") if source(model))
         models = [lab.folder(model, settings(lab, model)).name for model in trained]
     parts = [one for one in sorted(IMPORTED) if one.parent.name == "experiments"]
     files = [*parts, CODE / "baselines" / "profile.py", *CORE]

@@ -36,6 +36,7 @@ from promptmm import (
     adjacency,
     frozen_teacher,
     lightgcn,
+    pace,
     scores,
     student_terms,
     teacher_terms,
@@ -298,19 +299,17 @@ def bench_bounds(on: Setting) -> None:
 
 
 def evaluate_call(on: Setting) -> Callable:
-    user, item = (torch.randn(n, on.config.dim, device=on.device) for n in shape_of(on))
+    user, item = (
+        torch.randn(n, on.config.dim, device=on.device) for n in on.dataset.train.shape
+    )
     exclude = on.dataset.train + on.dataset.val
     return lambda: evaluate(user, item, on.dataset.test, exclude)
-
-
-def shape_of(on: Setting) -> tuple[int, int]:
-    return on.dataset.train.shape
 
 
 def evaluate_bound(on: Setting, speed: float) -> float:
     """The scores' product, and each score written and read once."""
     judged = int((np.diff(on.dataset.test.indptr) > 0).sum())
-    n_items = shape_of(on)[1]
+    n_items = on.dataset.train.shape[1]
     user, item = (
         torch.randn(n, on.config.dim, device=on.device) for n in (judged, n_items)
     )
@@ -340,7 +339,7 @@ def distilled_bound(on: Setting, speed: float) -> float:
 
 def teacher_bound(on: Setting, speed: float) -> float:
     """XW forward and its gradient as products; four sparse products' traffic a modality."""
-    n_users, n_items = shape_of(on)
+    n_users, n_items = on.dataset.train.shape
     total = 0.0
     for x in on.dataset.features.values():
         d_t = min(on.config.dim_teacher, x.shape[1])
@@ -459,9 +458,9 @@ def scale_point(factor: int) -> dict[str, float]:
     """One size of bench_scale: an epoch of the student and of the teacher, an edge."""
     dataset = data.synthetic(**{name: factor * size for name, size in EMBEDDED.items()})
     edges = dataset.train.nnz
-    config = Config(batch=max(256, -(-edges // 40)))
+    config = Config(batch=pace(Config(), "student", edges)[0])
     on = Setting(dataset, config, "cpu")
-    teacher, batch = Teacher(*on), max(256, -(-edges // 10))
+    teacher, (batch, _) = Teacher(*on), pace(config, "teacher", edges)
     optimiser = torch.optim.AdamW(teacher.parameters(), lr=1e-3, fused=True)
     sampler = Sampler(dataset.train)
 

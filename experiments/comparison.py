@@ -92,11 +92,8 @@ def first_run(lab: Lab) -> Output:
 
 def table3(lab: Lab) -> Output:
     """Statistics of the data."""
-    rows = []
-    for name, value in data.describe(lab.dataset).items():
-        rows.append(
-            {"statistic": name, "value": value if isinstance(value, int) else str(value)}
-        )
+    found = data.describe(lab.dataset).items()
+    rows = [{"statistic": name, "value": value} for name, value in found]
     text = markdown(rows, {"statistic": "statistic", "value": lab.dataset.name})
     return Output(f"Table 3. Statistics of {lab.dataset.name}", rows, text)
 

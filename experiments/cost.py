@@ -157,7 +157,7 @@ def load(model: str, source: Path, run: Path, config: Config, device: str) -> nn
         learner.load_state_dict(weights)
         return learner
     if model in MODELS:
-        learner = MODELS[model](data.load(source, check=False), config, device)
+        learner = MODELS[model](needed(model, source), config, device)
         learner.load_state_dict(data.read_torch(run / "model.pt", device))
         return learner
     learner = Student(sparse.load_npz(source / "train.npz"), config, device)

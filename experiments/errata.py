@@ -103,11 +103,12 @@ def p9() -> dict:
 def p10() -> dict:
     x = torch.from_numpy(data.synthetic(**SMALL).features["visual"])
     mixed = x @ torch.randn(x.shape[1], 64, generator=torch.Generator().manual_seed(0))
-    # The same content, twice.
-    a, b = (
-        data.tokens(unit, *data.principal(unit, 16), 16)
-        for unit in (data.unit_rows(part) for part in (x, mixed))
-    )
+
+    def tokens(content: Tensor) -> Tensor:
+        unit = data.unit_rows(content)
+        return data.tokens(unit, *data.principal(unit, 16), 16)
+
+    a, b = tokens(x), tokens(mixed)  # of the same content, twice
     mean, flipped = (a + b) / 2, (a - b) / 2
     change = (mean - flipped).norm() / mean.norm()
     related = F.cosine_similarity(a, b).abs().mean()

@@ -9,7 +9,7 @@ from torch import Tensor
 from data import read_torch, unit_rows
 from distillers.content import centred, content_start, nearest, some_pairs
 from distillers.correlation import Modality
-from experiments.inside import NAME_KDSR, Finding, by_seeds
+from experiments.inside import NAME_KDSR, Finding, agreed, by_seeds
 from experiments.lab import (
     Job,
     Lab,
@@ -61,11 +61,10 @@ def forgetting(lab: Lab, seeds: int) -> Finding:
         files = [learn(lab, *one) / "method.pt" for one in jobs]
         tables = [read_torch(file, torch.device("cpu"))["student.item"] for file in files]
         rows.append({"table": name} | kept(lab, tables))
-    first, alone, last = (rows[n]["mean"]["runs"] for n in (0, 1, -1))
-    fell, held = np.subtract(first * seeds, alone), np.subtract(last, alone)
-    found = {by_seeds(fell), by_seeds(held)}
+    start, alone, taught = (np.array(rows[n]["mean"]["runs"]) for n in (0, 1, -1))
+    found = agreed(by_seeds(start - alone), by_seeds(taught - alone))  # start: [1]
     text = "BPR alone forgets correlations, supervision keeps them"
-    return Finding("D-1", text, rows, plain(rows), found.pop() if len(found) == 1 else "no")
+    return Finding("D-1", text, rows, plain(rows), found)
 
 
 def kept(lab: Lab, tables: list[Tensor]) -> dict[str, dict]:

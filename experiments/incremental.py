@@ -133,7 +133,6 @@ def on_test(lab: Lab, student: Student) -> dict[str, float]:
 
 def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config) -> float:
     """Train a student on new interactions, keep its best epoch; the seconds until then."""
-    torch.manual_seed(config.seed)
     sampler = Sampler(lab.dataset.train, lab.device)  # negatives: no positives, old or new
     generator = torch.Generator(lab.device).manual_seed(config.seed)
     step = config.lr_student / 10  # small, for it starts from a trained model

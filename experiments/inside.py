@@ -70,6 +70,11 @@ def recall_on_test(lab: Lab, pair: Pair) -> float:
     return figures(lab.dataset, pair)["recall@20"]
 
 
+def agreed(*outcomes: str) -> str:
+    """What all of them say; "no" where they differ."""
+    return outcomes[0] if len({*outcomes}) == 1 else "no"
+
+
 # ------------------------------------------------------------ CKD
 
 
@@ -120,7 +125,7 @@ class Watched(CKD):
         self.log.append([])
 
     def terms(self, user, item, logits, users, lists):
-        margins = block_margins((user, item), users, lists[:, :2], self.blocks)
+        margins = block_margins((user, item), users, lists, self.blocks)
         self.log[-1].append(weights_of(margins, self.config.effect).mean(1).detach())
         return super().terms(user, item, logits, users, lists)
 
@@ -153,11 +158,12 @@ def order(rows: list[dict]) -> str:
     order has no test, so that it refutes nothing.
     """
     taught = Counter(row["seed"] for row in rows)  # by how many
-    several = [row for row in rows if taught[row["seed"]] > 1]
-    means = {}
-    for m in {row["modality"] for row in several}:
-        own = [row for row in several if row["modality"] == m]
-        means[m] = np.mean([(row["alone"], row["w, last epoch"]) for row in own], axis=0)
+    found: dict[str, list] = {}
+    for row in rows:
+        if taught[row["seed"]] > 1:
+            pair = row["alone"], row["w, last epoch"]
+            found.setdefault(row["modality"], []).append(pair)
+    means = {m: np.mean(pairs, axis=0) for m, pairs in found.items()}
     if len(means) < 2:
         return "no"
     weakest = min(means, key=lambda m: means[m][0])
@@ -187,8 +193,7 @@ def useless_teachers(lab: Lab, seeds: int) -> Finding:
         noise = tuple(
             table(len(part), part.shape[1]).detach() for part in teachers["joint"]
         )
-        worse = tuple(embeddings(lab, *mf))
-        more = teachers | {"noise": noise, "mf": worse}
+        more = teachers | {"noise": noise, "mf": embeddings(lab, *mf)}
         for name, weight in (("weighted", 1.0), ("uniform", 0.0)):
             config = replace(job.config, confidence=weight, consistency=weight)
             before = recall(lab, Job(NAME_PRM, config))  # a row of P-2

@@ -153,8 +153,11 @@ class Lab:
 
         On real data at least five, where there are several.
         """
-        several = max(seeds, 5) if self.source and seeds > 1 else seeds
-        return self.seeds or (1 if self.quick else several)
+        if self.seeds:
+            return self.seeds
+        if self.quick:
+            return 1
+        return max(seeds, 5) if self.source and seeds > 1 else seeds
 
     def folder(self, model: str, config: Config, kind: type = Teacher) -> Path:
         """Where a trained model lies; with `keep` one of older code will do."""
@@ -320,9 +323,8 @@ def learn(lab: Lab, model: str, config: Config, kind: type = Teacher) -> Path:
         with locked(folder):
             if not is_trained(folder):  # another process may have been at it meanwhile
                 train(lab, folder, Job(model, config, kind))
-    lab.used.add(folder)
-    for job in with_teachers(lab, [Job(model, config, kind)]):
-        lab.used.add(lab.folder(*job))
+    every = with_teachers(lab, [Job(model, config, kind)])  # itself among them
+    lab.used.update(lab.folder(*job) for job in every)
     return folder
 
 
@@ -342,7 +344,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def train(lab: Lab, folder: Path, job: Job) -> None:
     """Train a model in its folder, or go on where an interrupted process stopped."""
-    write(folder / "config.json", vars(job.config))
+    write(folder / "config.json", decided_by(job.model, job.config))
     file = folder / "state.pt"
     state = data.read_torch(file, lab.device) if file.exists() else {}
     run = Run(folder, lab.dataset, job.config, lab.device, state)
@@ -409,8 +411,7 @@ def each_alone(lab: Lab) -> dict[str, Lab]:
 def ids_of(lab: Lab, config: Config) -> Pair:
     """E_u [U, d], E_i [I, d] of the LightGCN that a teacher stands on."""
     place = lab.beneath or lab
-    user, item = embeddings(place, "LightGCN", ids_settings(place, config))
-    return user, item
+    return embeddings(place, "LightGCN", ids_settings(place, config))
 
 
 def circumstances(folder: Path) -> dict:
@@ -430,8 +431,11 @@ def load_teacher(lab: Lab, config: Config, kind: type = Teacher) -> Teacher:
 
 def weights_of(lab: Lab, teachers: list[Job]) -> dict[str, list[float]]:
     """w_m of trained teachers, seed by seed, for each modality."""
-    found = [load_teacher(lab, *job[1:]).modality_weights() for job in teachers]
-    return {m: [one[m] for one in found] for m in found[0]}
+    files = [learn(lab, *job) / "teacher.pt" for job in teachers]
+    stored = [data.read_torch(file, torch.device("cpu"))["weights"] for file in files]
+    by_modality = torch.stack(stored).T.tolist()  # [|M|, seeds]
+    pairs = zip(lab.dataset.features, by_modality, strict=True)
+    return {m: [round(weight, 4) for weight in found] for m, found in pairs}
 
 
 def student_weights(folder: Path, device) -> dict[str, Tensor]:
@@ -559,15 +563,15 @@ def columns_of(folder: Path) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------ judge and compare
 
 
-def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> list[Tensor]:
+def embeddings(lab: Lab, model: str, config: Config, kind: type = Teacher) -> Pair:
     """E_u [U, e], E_i [I, e] of any row of Table 4."""
     if is_untrained(model):
-        return list(untrained(lab, model))
+        return untrained(lab, model)
     if model == FUSED:
-        pair, _ = late_fusion(lab.dataset, ids_of(lab, config))
-        return list(pair)
+        return late_fusion(lab.dataset, ids_of(lab, config))[0]
     stored = data.read_arrays(learn(lab, model, config, kind) / "embeddings.npz")
-    return [torch.from_numpy(stored[side]).to(lab.device) for side in ("user", "item")]
+    user, item = (torch.from_numpy(stored[side]) for side in ("user", "item"))
+    return user.to(lab.device), item.to(lab.device)
 
 
 def untrained(lab: Lab, model: str) -> Pair:
@@ -711,8 +715,7 @@ def gains(found: Values, reference: Values) -> dict[str, float | None]:
     """How much higher, as a share of the reference's mean; None if that is zero."""
     gain = {}
     for metric in TESTED.values():
-        base = spread(reference[metric].mean(1))["mean"]
-        own = spread(found[metric].mean(1))["mean"]
+        own, base = float(found[metric].mean()), float(reference[metric].mean())
         gain[metric] = own / base - 1 if base else None
     return gain
 

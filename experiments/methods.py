@@ -107,10 +107,9 @@ def rows_of(lab: Lab) -> dict[str, Job]:
         (f"Profile ({m})" for m in lab.dataset.features),
         key=lambda name: recall(lab, Job(name, Config()), "val"),
     )
-    names = ("MostPop", best, ALONE, "Teacher", *FOUR)
-    jobs = {name: Job(name, settings(lab, name)) for name in names}
-    first = {name: jobs[name] for name in names[:3]}
-    return first | {START: content_start(lab)} | jobs
+    names = ("MostPop", best, ALONE, START, "Teacher", *FOUR)
+    begun = {START: content_start(lab)}  # a row, no model: it has no settings of its own
+    return {name: begun.get(name) or Job(name, settings(lab, name)) for name in names}
 
 
 def content_start(lab: Lab) -> Job:

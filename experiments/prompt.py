@@ -152,22 +152,24 @@ def compared(lab: Lab, title: str, jobs: dict[str, Job], seeds: int) -> list[dic
     """Teachers on both splits, each tested against the first."""
     every = [one for job in jobs.values() for one in seeded(job, seeds)]
     learn_all(lab, f"prompt, {title}", every)
-    rows: list[dict] = []
-    values: dict[str, np.ndarray] = {}
+    rows, values = [], []
     for name, job in jobs.items():
         runs = seeded(job, seeds)
         validation = [recall(lab, one, "val") for one in runs]
-        values[name] = np.stack([judge(lab, *one)["recall@20"] for one in runs])
-        shares = [load_teacher(lab, *one[1:]).prompt_share() for one in runs]
+        values.append(np.stack([judge(lab, *one)["recall@20"] for one in runs]))
+        logs = [log_of(lab.folder(*one)) for one in runs]
+        shares = [log["prompt_share"][log["recall@20"].argmax()] for log in logs]
         row = {"model": name, "validation": spread(validation)}
-        row |= {"test": spread(values[name].mean(1)), "share": float(np.mean(shares))}
-        rows.append(row | tested(values[name], next(iter(values.values())), bool(rows)))
+        row |= {"test": spread(values[-1].mean(1)), "share": float(np.mean(shares))}
+        rows.append(row)
+    return tested(rows, values)
+
+
+def tested(rows: list[dict], values: list[np.ndarray]) -> list[dict]:
+    """p of each row against the first, which has none; values: [seeds, users] of each."""
+    for row, found in zip(rows[1:], values[1:], strict=True):
+        row["p"] = paired_test(found, values[0])["p_bootstrap"]
     return rows
-
-
-def tested(found: np.ndarray, base: np.ndarray, other: bool) -> dict:
-    """p of a row against the first one; the first has none."""
-    return {"p": paired_test(found, base)["p_bootstrap"]} if other else {}
 
 
 # ------------------------------------------------------------ stage 2
@@ -225,19 +227,17 @@ def stage_2(lab: Lab, seeds: int) -> tuple[list[dict], str]:
     """A student, and beside it some numbers of its teacher, all else of θ_T frozen."""
     full = settings(lab)
     learn_all(lab, "prompt, stage 2", seeded(Job("Teacher", full), seeds))
-    rows: list[dict] = []
-    base = np.empty(0)
+    rows, values = [], []
     for way, chosen in WAYS.items():
         runs = [beside(lab, replace(full, seed=seed), chosen) for seed in range(seeds)]
-        values = np.stack([run["values"] for run in runs])  # [seeds, users]
-        base = base if rows else values
+        values.append(np.stack([run["values"] for run in runs]))  # [seeds, users]
         row = {"model": way, "numbers": runs[0]["numbers"]}
         for key in ("validation", "teacher"):
             row[key] = spread([run[key] for run in runs])
-        row["test"] = spread(values.mean(1))
-        rows.append(row | tested(values, base, bool(rows)))
+        row["test"] = spread(values[-1].mean(1))
+        rows.append(row)
         print(f"{lab.dataset.name} prompt, stage 2: {way}, {row['test']['mean']:.4f}")
-    return rows, answer(rows)
+    return tested(rows, values), answer(rows)
 
 
 def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
@@ -245,7 +245,6 @@ def beside(lab: Lab, config: Config, chosen: Callable) -> dict:
     dataset = lab.dataset
     teacher = moved(lab, config, load_teacher(lab, config), Adapted)
     parameters = chosen(teacher)
-    config = replace(config, tune_prompt=bool(parameters))  # lists are found at each epoch
     torch.manual_seed(config.seed)
     student = Student(dataset.train, config, lab.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -284,14 +283,19 @@ def later(lab: Lab, seeds: int) -> tuple[list[dict], str]:
     """A fifth of the interactions arrives later; ids and weights stay the old teacher's."""
     config = settings(lab, "Teacher")
     found = [adapted(lab, replace(config, seed=seed)) for seed in range(seeds)]
-    rows: list[dict] = []
-    base = recalls(found, "nothing")
+    rows, values = [], []
     for way, first in found[0].items():
-        row = {"model": way, "numbers": first["numbers"]}
-        row["test"] = spread(recalls(found, way).mean(1))
+        values.append(recalls(found, way))
+        row = {
+            "model": way,
+            "numbers": first["numbers"],
+            "test": spread(values[-1].mean(1)),
+        }
         row["seconds"] = spread([one[way]["seconds"] for one in found])["mean"]
-        rows.append(row | tested(recalls(found, way), base, bool(rows)))
-    return rows, answer([row for row in rows if row["model"] != "all anew, ids too"])
+        rows.append(row)
+    return tested(rows, values), answer(
+        [row for row in rows if row["model"] != "all anew, ids too"]
+    )
 
 
 def recalls(found: list[dict], way: str) -> np.ndarray:

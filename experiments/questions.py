@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.inside import by_seeds
+from experiments.inside import agreed, by_seeds
 from experiments.lab import Job, Lab, recall, settings
 from experiments.methods import ALONE, FOUR, UNTAUGHT
 
@@ -131,7 +131,7 @@ def gains_on_both(lab: Lab, rows: dict[str, dict]) -> str:
     for name in ("L = 0", "L as found"):
         runs = [rows[f"{model}, {name}"]["recall@20"]["runs"] for model in (KDSR, ALONE)]
         found.append(by_seeds(np.subtract(*runs)))
-    return found[0] if len(set(found)) == 1 else "no"
+    return agreed(*found)
 
 
 CKD_CHANGES = {

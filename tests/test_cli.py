@@ -351,7 +351,7 @@ def test_recommend_refusals(here, capsys):
         ["--user", "ann"],
         ["--user", "1", "--k", "0"],
     ):
-        assert "expected --user 0 … 59 and --k 1 or more" in error_of(
+        assert "expected --user 0 … 59 (your own: --ids) and --k 1 or more" in error_of(
             ["recommend", "--run", "run", *argv], capsys
         )
 

@@ -179,6 +179,13 @@ def test_paired_test_sees_a_difference_and_none():
     assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
 
 
+@pytest.mark.parametrize("level", [0.1, 0.2, 0.7])
+def test_equal_means_over_three_and_five_seeds_are_no_difference(level):
+    """Though their last bits differ, and always to the same side."""
+    found = paired_test(np.full((3, 1000), level), np.full((5, 1000), level), draws=500)
+    assert (found["difference"], found["p_bootstrap"], found["p_wilcoxon"]) == (0, 1, 1)
+
+
 def null_p(rng, seeds: int, drawn: bool) -> float:
     """p of two models that are equal but for users and seeds; seeds drawn or averaged."""
     user = rng.normal(0.1, 0.2, 300)

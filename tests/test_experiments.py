@@ -1666,6 +1666,21 @@ def test_what_a_finished_part_depends_on(lab, monkeypatch):
     assert states[0] == states[1] and len(set(states)) == len(states) - 1
 
 
+def test_a_finished_table_4_depends_on_what_a_comparison_model_taught(lab, monkeypatch):
+    """The student of the best of them is trained by distillers/, which no other row is."""
+    code = {"frozen.py": "as it was"}
+
+    def code_digest(files: tuple[Path, ...]) -> str:
+        return "-".join(code.get(file.name, "") for file in files)
+
+    monkeypatch.setattr(comparison, "rivals", lambda _: ["BM3"])
+    monkeypatch.setattr(laboratory, "code_digest", code_digest)
+    before = state_of(lab, PARTS["table4"], {})
+    assert state_of(lab, PARTS["table4"], {}) == before
+    code["frozen.py"] = "edited"
+    assert state_of(lab, PARTS["table4"], {}) != before
+
+
 def test_the_parts_of_all(embedded, folder, monkeypatch):
     """On the embedded data all but the long controls, on real ones what means something."""
     ran = []
@@ -1781,6 +1796,26 @@ def test_who_reads_no_feature_is_not_charged_with_any(folder):
         assert (
             cost.needed(name, folder).features.keys() == data.load(folder).features.keys()
         )
+
+
+def test_a_served_id_model_reads_no_feature(folder, tmp_path, config, monkeypatch):
+    model = MODELS["MF-BPR"](data.load(folder), settings_of("MF-BPR", config), "cpu")
+    data.write(tmp_path / "model.pt", lambda file: torch.save(model.state_dict(), file))
+    native = tmp_path / "native"
+    assert data.main(["convert", str(folder), str(native)]) == 0
+    monkeypatch.setattr(data, "load", None)
+    found = cost.load("MF-BPR", native, tmp_path, settings_of("MF-BPR", config), "cpu")
+    assert torch.equal(found.user, model.user)
+
+
+def test_the_settings_beside_a_teacher_are_its_own(lab, config):
+    """Whoever had it trained: a method's settings would make no Config again (Table 6)."""
+    name = "PRM-KD"
+    job = Job(name, settings_of(name, config))
+    learn(lab, *job)
+    teacher = lab.folder(*job._replace(model="Teacher"))
+    found = Config(**data.read_json(teacher / "config.json", sealed=True))
+    assert found.lr_teacher == config.lr_teacher and found.dim == config.dim
 
 
 def test_figures_of_the_late_fusion_are_of_todays_core(lab, config, tmp_path, monkeypatch):

@@ -556,7 +556,8 @@ def test_rows_that_two_stray_quotes_hide_are_counted(tmp_path, capsys):
 def test_features_name_their_flag(features, tmp_path, capsys):
     assert own(tmp_path, *GIVEN, *features) == 2
     said = refusal(capsys)
-    assert "--features: expected MODALITY=FILE.npy, a modality once, found " in said
+    expected = "MODALITY=FILE.npy, each modality once, of letters, digits and _"
+    assert f"--features: expected {expected}, found " in said
     assert features[0].replace("DIR", str(tmp_path)) in said
 
 

@@ -1,7 +1,6 @@
 """The prompt's experiments: each trains what it says, and answers from the numbers."""
 
 import dataclasses
-import types
 from dataclasses import replace
 
 import numpy as np
@@ -209,15 +208,16 @@ def test_each_teacher_is_tested_against_the_first(place, monkeypatch, bases):
         assert split == "val"
         return level[job.config.lambda_prompt] / 2
 
-    teacher = types.SimpleNamespace(prompt_share=lambda: 0.25)
+    epochs = {"recall@20": np.array([0.1, 0.3, 0.2]), "prompt_share": np.arange(3) / 4}
     monkeypatch.setattr(module, "learn_all", lambda *_: None)
-    monkeypatch.setattr(module, "load_teacher", lambda *_: teacher)
+    monkeypatch.setattr(module, "log_of", lambda folder: epochs)
     monkeypatch.setattr(module, "judge", judged)
     monkeypatch.setattr(module, "recall", validation)
     jobs = {f"{one:g}": Job("Teacher", Config(lambda_prompt=one)) for one in level}
     rows = module.compared(place, "a title", jobs, 2)
     assert [row["test"]["mean"] for row in rows] == pytest.approx([0.6, 0.7, 0.8])
     assert [row["validation"]["mean"] for row in rows] == pytest.approx([0.05, 0.1, 0.15])
+    assert [row["share"] for row in rows] == [0.25] * 3  # of the selected epoch
     assert bases == [(0.7, 0.6), (0.8, 0.6)] and "p" not in rows[0]
 
 
