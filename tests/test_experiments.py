@@ -1810,7 +1810,7 @@ def test_a_served_id_model_reads_no_feature(folder, tmp_path, config, monkeypatc
 
 def test_the_settings_beside_a_teacher_are_its_own(lab, config):
     """Whoever had it trained: a method's settings would make no Config again (Table 6)."""
-    name = "PRM-KD"
+    name = "PRM-KD (ours after 002)"
     job = Job(name, settings_of(name, config))
     learn(lab, *job)
     teacher = lab.folder(*job._replace(model="Teacher"))
