@@ -1,6 +1,7 @@
 """Propagation, prompt, teacher and student against dense, direct, readable references."""
 
 import dataclasses
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import sparse
 from torch.autograd import gradcheck
 
 import data
+import evaluate
 import promptmm
 from losses import l2_penalty
 from promptmm import (
@@ -526,6 +528,57 @@ def test_each_distillation_reaches_student_and_prompt(
     assert all(
         p.grad is None for n, p in frozen.named_parameters() if not n.startswith("prompt")
     )
+
+
+@pytest.mark.parametrize("term", ["pair_kd", "prompt_anchor"])
+def test_a_tuned_prompts_gradient_is_exact_but_for_the_yardstick(term, tiny, monkeypatch):
+    """Against central differences, along one direction of θ_P (errata C4).
+
+    It is the slope with δ_u held where it is; as δ_u moves too, the true one is another.
+    """
+    config = Config(dim=8, dim_teacher=8, tune_prompt=True, lambda_embed=0.0)
+    torch.manual_seed(0)
+    ids = tuple(torch.randn(n, 8) for n in tiny.train.shape)
+    teacher = Teacher(tiny, config, ids=ids).double()
+    for kept in (teacher.features, teacher.cross):
+        kept.update({m: x.double() for m, x in kept.items()})
+    teacher.tokens = teacher.tokens.double()
+    for block in ("ui", "iu"):
+        setattr(teacher.graph, block, getattr(teacher.graph, block).double())
+    encode = frozen_teacher(teacher, config)
+    users, lists = data.Sampler(tiny.train).epoch(torch.Generator().manual_seed(0), 1)
+    student = torch.randn(lists.shape, dtype=torch.float64)
+    theta = teacher.prompt.weight
+    direction = torch.randn_like(theta)
+
+    def loss() -> torch.Tensor:
+        encoded = encode()
+        terms = kd_terms(config, student, student, users, lists, encoded, ())
+        return terms[term]
+
+    def slope(step: float = 1e-6) -> float:
+        start, ends = theta.data.clone(), []
+        for end in (step, -step):
+            theta.data = start + end * direction
+            ends.append(loss().item())
+        theta.data = start
+        return (ends[0] - ends[1]) / (2 * step)
+
+    [gradient] = torch.autograd.grad(loss(), theta)
+    ours = (gradient * direction).sum().item()
+    moving = slope()
+    sizes = []
+
+    def measured(pair):
+        sizes.append(evaluate.deviation(*pair).detach())
+        return pair[0] / sizes[-1], pair[1]
+
+    monkeypatch.setattr(promptmm, "one_scale", measured)
+    loss()
+    held = itertools.cycle(sizes.copy())
+    monkeypatch.setattr(promptmm, "one_scale", lambda pair: (pair[0] / next(held), pair[1]))
+    assert ours == pytest.approx(slope(), rel=1e-5)
+    assert abs(ours - moving) > 0.01 * abs(moving)
 
 
 def test_only_distillation_and_anchor_move_the_prompt(frozen, tiny, config, batch, project):
