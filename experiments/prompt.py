@@ -286,16 +286,12 @@ def later(lab: Lab, seeds: int) -> tuple[list[dict], str]:
     rows, values = [], []
     for way, first in found[0].items():
         values.append(recalls(found, way))
-        row = {
-            "model": way,
-            "numbers": first["numbers"],
-            "test": spread(values[-1].mean(1)),
-        }
+        row = {"model": way, "numbers": first["numbers"]}
+        row["test"] = spread(values[-1].mean(1))
         row["seconds"] = spread([one[way]["seconds"] for one in found])["mean"]
         rows.append(row)
-    return tested(rows, values), answer(
-        [row for row in rows if row["model"] != "all anew, ids too"]
-    )
+    tested(rows, values)
+    return rows, answer([row for row in rows if row["model"] != "all anew, ids too"])
 
 
 def recalls(found: list[dict], way: str) -> np.ndarray:
