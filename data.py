@@ -833,7 +833,7 @@ def from_log(
     need(
         not strange,
         f"{log}: expected items of {items or 'the feature rows'}, "
-        f"found others, such as {strange[:3]}",
+        f"found {len(strange)} others, such as {strange[:3]}",
     )
     row = {name: i for i, name in enumerate(dict.fromkeys(user for user, _ in pairs))}
     cells = np.unique([(row[user], column[item]) for user, item in pairs], axis=0)  # [n, 2]
@@ -859,8 +859,11 @@ def _read_log(log: Path) -> list[tuple[str, str]]:
         pairs = []
         for row in filter(None, rows):  # without empty lines
             whole = len(row) == len(header) and row[user].strip() and row[item].strip()
-            line = f"line {rows.line_num}: expected {len(header)} cells"
-            need(whole, f"{line}, with a user and an item, found {row}")
+            need(
+                whole,
+                f"line {rows.line_num}: expected {len(header)} cells, with a user and an "
+                f"item, found {row}",
+            )
             pairs.append((row[user].strip(), row[item].strip()))
     hidden = rows.line_num - 1 - len(pairs)  # a stray quote swallows all up to the next
     if hidden:

@@ -468,7 +468,7 @@ def test_bring_your_own(tmp_path):
     [
         ("log.csv", "a,b\n1,2\n", "expected columns user"),
         ("log.csv", "user,item\n", "found 0 and 1"),
-        ("log.csv", "user,item\nx,item-?\n", r"found others, such as \['item-\?'\]"),
+        ("log.csv", "user,item\nx,item-?\n", r"found 1 others, such as \['item-\?'\]"),
         (
             "items.txt",
             "a\na\n",
