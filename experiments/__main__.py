@@ -201,6 +201,9 @@ def parse(argv: list[str]) -> Namespace:
         "--models", default="", help="of tune and table4: these, A,B,…; others stay"
     )
     parser.add_argument(
+        "--questions", default="", help="of claims: these, C-1,C-3,…; others stay"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=1, help="models trained side by side, a thread each"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -216,6 +219,8 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     takes = not args.models or args.part in ("tune", "table4")
     need(takes, f"--models: expected with tune or table4, found with {args.part}")
+    takes = not args.questions or args.part == "claims"
+    need(takes, f"--questions: expected with claims, found with {args.part}")
     need(
         args.seeds >= 0 and 1 < args.tries <= 24,
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
@@ -226,7 +231,8 @@ def parse(argv: list[str]) -> Namespace:
 
 def run(args: Namespace) -> None:
     lab = laboratory(args)
-    more = {"models": args.models} if args.models else {}
+    some = {"models": args.models, "questions": args.questions}
+    more = {option: value for option, value in some.items() if value}
     if args.part in TUNES:
         more["tries"] = 4 if args.quick else args.tries
         perform(lab, TUNES[args.part], args.force, **more)

@@ -1,6 +1,7 @@
 """What the three neighbours claim, asked of this student: C-1 to D-4, a verdict for each.
 
     python -m experiments claims --data DIR     results/<dataset>/claims.json
+    python -m experiments claims --data DIR --questions C-1,C-3     these; others stay
 
 A claim survives if it holds, by p < .05 after Holm's adjustment and in four of five seeds,
 on both real datasets; else it survives on one, is refuted (significant the other way) or is
@@ -10,11 +11,14 @@ wrong. Most are answered by a table of models (questions.py); C-1, C-4, P-3, P-4
 one (inside.py), as D-1 and D-3 do (forgetting.py).
 """
 
+from functools import partial
+
 import data
 import experiments.lab
+from data import need
 from experiments import forgetting, inside
 from experiments.inside import Finding
-from experiments.lab import Job, Lab, compare, log_of, seeded, settings
+from experiments.lab import Job, Lab, compare, known, log_of, seeded, settings
 from experiments.methods import learn_teachers
 from experiments.publish import Output, markdown, paired, protocol, ranking_table
 from experiments.questions import CKD, KDSR, TABLES, Question
@@ -54,7 +58,7 @@ def verdict(outcomes: dict[str, str]) -> str:
 # ------------------------------------------------------------ all of them
 
 
-def asked(lab: Lab, question: Question, seeds: int) -> Finding:
+def asked(lab: Lab, seeds: int, question: Question) -> Finding:
     jobs = question.rows(lab)
     learn_teachers(lab, [job for job in jobs.values() if job.model == CKD], seeds)
     rows = compare(lab, question.name, jobs, seeds, question.reference)
@@ -78,28 +82,59 @@ def codes_learnt(lab: Lab, jobs: dict[str, Job]) -> str:
     return f"Dissected loss at the end: {last:.3f}; entropy of its codes: {entropy:.3f}."
 
 
-def claims(lab: Lab, seeds: int) -> Output:
-    """Every experiment on these data, and the verdicts over the real ones so far."""
-    looks = (inside.modes, inside.weights_by_epoch, inside.useless_teachers)
-    looks += (inside.memory, forgetting.forgetting, forgetting.codes_and_parts)
-    found = [asked(lab, question, seeds) for question in TABLES]
-    found += [look(lab, seeds) for look in looks]
-    found.sort(key=lambda one: ("CPD".index(one.name[0]), one.name))
+QUESTIONS = {one.name: partial(asked, question=one) for one in TABLES} | {
+    "C-1": inside.modes,
+    "C-4": inside.weights_by_epoch,
+    "P-3": inside.useless_teachers,
+    "P-4": inside.memory,
+    "D-1": forgetting.forgetting,
+    "D-3": forgetting.codes_and_parts,
+}
+ORDER = sorted(QUESTIONS, key=lambda name: ("CPD".index(name[0]), name))
+
+
+def claims(lab: Lab, seeds: int, questions: str = "") -> Output:
+    """The experiments on these data, and the verdicts over the real ones so far.
+
+    questions: these alone, comma-separated; what others found stays.
+    """
+    chosen = known(questions, ORDER, "--questions") if questions else ORDER
+    found = {row["id"]: row for row in (published(lab, seeds) if questions else [])}
+    for name in chosen:
+        one = QUESTIONS[name](lab, seeds)
+        found[name] = {"id": name, "claim": one.text, "outcome": one.outcome}
+        found[name] |= {"here": OUTCOMES[one.outcome], "rows": one.rows, "table": one.table}
     before = earlier(lab)
-    rows = []
-    for one in found:
-        outcomes = before.get(one.name, {})
+    rows = [found[name] for name in ORDER if name in found]
+    for row in rows:
+        outcomes = before.get(row["id"], {})
         if seeds >= SEEDS:
-            outcomes |= {lab.dataset.name: one.outcome}
-        row = {"id": one.name, "claim": one.text, "outcome": one.outcome}
-        row |= {"here": OUTCOMES[one.outcome], "verdict": verdict(outcomes)}
-        rows.append(row | {"rows": one.rows})
+            outcomes |= {lab.dataset.name: row["outcome"]}
+        row["verdict"] = verdict(outcomes)
     columns = {"id": "", "claim": "claim", "here": "here", "verdict": "on real data"}
     parts = [markdown(rows, columns)]
-    parts += [f"**{one.name}: {one.text}**\n\n{one.table}" for one in found]
+    parts += [f"**{row['id']}: {row['claim']}**\n\n{row['table']}" for row in rows]
     note = f"{protocol(settings(lab), seeds)}; {paired(seeds)}; the rule is in claims.py"
+    if kept := [row["id"] for row in rows if row["id"] not in chosen]:
+        note += f"; asked before this: {', '.join(kept)}"
+    if missing := [name for name in ORDER if name not in found]:
+        note += f"; not asked: {', '.join(missing)}"
     title = f"What CKD, PRM-KD and KDSR claim, on {lab.dataset.name}"
-    return Output(title, rows, "\n\n".join(parts), note)
+    extra = {"fingerprint": lab.fingerprint}
+    return Output(title, rows, "\n\n".join(parts), note, extra=extra)
+
+
+def published(lab: Lab, seeds: int) -> list[dict]:
+    """The claims on file; DataError if they are of other data, or of other seeds."""
+    file = lab.out / lab.dataset.name / "claims.json"
+    if not file.exists():
+        return []
+    before = data.read_json(file, "rows", "seeds")
+    there = before["seeds"], before.get("fingerprint", "none")[:12]
+    ours = seeds, lab.fingerprint[:12]
+    expected = f"{file}: expected seeds and data {ours}, found {there}"
+    need(there == ours, f"{expected}; without --questions all are asked anew")
+    return before["rows"]
 
 
 def earlier(lab: Lab) -> dict[str, dict[str, str]]:

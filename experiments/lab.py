@@ -777,11 +777,11 @@ def some(lab: Lab, rows: Sequence, n: int) -> Sequence:
     return rows[:n] if lab.quick else rows
 
 
-def known(models: str, among: Iterable[str]) -> list[str]:
-    """The names asked for, in the order of Table 4; DataError for another."""
-    asked = models.split(",")
+def known(names: str, among: Iterable[str], flag: str = "--models") -> list[str]:
+    """The names asked for, in the order of all; DataError for another."""
+    asked = names.split(",")
     unknown = [name for name in asked if name not in among]
-    need(not unknown, f"--models: expected some of {', '.join(among)}, found {unknown}")
+    need(not unknown, f"{flag}: expected some of {', '.join(among)}, found {unknown}")
     return [name for name in among if name in asked]
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import replaced
 
 import promptmm
+from data import DataError
 from distillers import METHODS
 from evaluate import one_scale
 from experiments import (
@@ -24,6 +25,7 @@ from experiments import (
 )
 from experiments.inside import Finding, Watched, in_mode, order
 from experiments.lab import Job, Lab, holm, learn, settings
+from experiments.publish import publish
 from experiments.questions import (
     ALONE,
     CKD,
@@ -420,34 +422,73 @@ def test_methods_have_equally_many_tries(lab, monkeypatch):
     assert budgets == {"CKD": 8, "PRM-KD (ours after 002)": 8, "KDSR": 16}
 
 
+@pytest.fixture
+def answers(lab, monkeypatch):
+    """TikTok by name, and what each question finds there: "yes", until a test says else."""
+    found = dict.fromkeys(claims.QUESTIONS, "yes")
+
+    def answered(name):
+        return lambda lab, seeds: Finding(name, "a claim", [], f"table {name}", found[name])
+
+    for name in found:
+        monkeypatch.setitem(claims.QUESTIONS, name, answered(name))
+    tiktok = replaced(lab.dataset, name="tiktok")
+    return dataclasses.replace(lab, dataset=tiktok, quick=False), found
+
+
+def put(lab, output, seeds):
+    publish(lab, lab.out / lab.dataset.name, "claims", output, 0.0, seeds, [])
+
+
 @pytest.mark.parametrize(
     ("seeds", "verdict"), [(5, "survives on tiktok"), (3, "not asked")]
 )
-def test_every_claim_is_asked_and_five_seeds_settle_it(lab, monkeypatch, seeds, verdict):
+def test_every_claim_is_asked_and_five_seeds_settle_it(answers, seeds, verdict):
     """Whatever answers, the table has C-1 to D-4 once; the page of methods has them too."""
-
-    def answered(name):
-        return lambda lab, *_: Finding(name, "a claim", [], "", "yes")
-
-    def asked(lab, question, seeds):
-        return answered(question.name)(lab)
-
-    monkeypatch.setattr(claims, "asked", asked)
-    looks = {"modes": "C-1", "weights_by_epoch": "C-4", "useless_teachers": "P-3"}
-    for function, name in (looks | {"memory": "P-4"}).items():
-        monkeypatch.setattr(inside, function, answered(name))
-    for function, name in (("forgetting", "D-1"), ("codes_and_parts", "D-3")):
-        monkeypatch.setattr(forgetting, function, answered(name))
-    lab = dataclasses.replace(
-        lab, dataset=replaced(lab.dataset, name="tiktok"), quick=False
-    )
-    rows = claims.claims(lab, seeds).rows
+    rows = claims.claims(answers[0], seeds).rows
     counts = {"C": 4, "P": 5, "D": 4}
     names = [f"{letter}-{n + 1}" for letter, k in counts.items() for n in range(k)]
     assert [row["id"] for row in rows] == names
     assert all(row["verdict"].startswith(verdict) for row in rows)
     page = (laboratory.CODE / "docs" / "methods.md").read_text()
     assert all(name in page for name in names)
+
+
+def test_a_question_finds_what_it_is_about(lab):
+    """Under the name that is asked for: C-1 of `--questions` is C-1 of the table."""
+    for name in ("C-1", "C-3", "D-1", "P-4"):
+        assert claims.QUESTIONS[name](lab, 1).name == name
+
+
+def test_some_questions_are_asked_and_what_others_found_stays(answers):
+    lab, found = answers
+    first = claims.claims(lab, 5, "P-4,C-3")
+    assert [row["id"] for row in first.rows] == ["C-3", "P-4"]
+    assert "not asked: C-1, C-2, C-4" in first.note and "before" not in first.note
+    put(lab, first, 5)
+    found.update({"C-3": "against", "P-4": "no"})
+    second = claims.claims(lab, 5, "D-1,P-4")
+    outcomes = [(row["id"], row["outcome"], row["verdict"][:8]) for row in second.rows]
+    assert outcomes == [
+        ("C-3", "yes", "survives"),
+        ("P-4", "no", "not repr"),
+        ("D-1", "yes", "survives"),
+    ]
+    assert "table C-3" in second.text and "asked before this: C-3;" in second.note
+    assert len(claims.claims(lab, 5).rows) == len(claims.QUESTIONS)
+
+
+def test_what_was_found_elsewhere_does_not_stay(answers):
+    lab, _ = answers
+    put(lab, claims.claims(lab, 5, "C-3"), 5)
+    with pytest.raises(DataError, match=r"expected seeds and data \(3, .*found \(5, "):
+        claims.claims(lab, 3, "D-1")
+    less = replaced(lab.dataset, train=lab.dataset.val)
+    other = dataclasses.replace(lab, dataset=less)
+    with pytest.raises(DataError, match="without --questions all are asked anew"):
+        claims.claims(other, 5, "D-1")
+    with pytest.raises(DataError, match=r"--questions: expected some of C-1, C-2, .*'C-9'"):
+        claims.claims(lab, 5, "C-9")
 
 
 def test_the_page_says_what_the_claims_found():

@@ -1868,6 +1868,7 @@ def test_figure_3_needs_two_modalities(folder, embedded, capsys):
         (["table4", "--jobs", "0"], "--jobs 1 to 256, found 0"),
         (["tune", "--models", "BM4"], "expected some of MF-BPR"),
         (["table5", "--models", "BM3"], "expected with tune or table4"),
+        (["methods", "--questions", "C-1"], "expected with claims, found with methods"),
         (["table44"], "invalid choice"),
         (["table4", "--data", "nowhere"], "nowhere"),
         (["table4", "--device", "tpu"], "--device"),
