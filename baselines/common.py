@@ -154,17 +154,14 @@ def nearest(x: Tensor, k: int) -> Links:
     float32 equal rows would be rounded apart, by the place that they have in a product.
     Found in chunks: no [I, I] array is made.
     """
-    x = F.normalize(x, dim=1).double()
-    empty = ~x.any(1)  # [I]
-    chunk = max(1, CHUNK_SCORES // len(x))
-    found = []
-    for some in x.split(chunk):
-        cosine = (some @ x.T).float()  # [c, I]
-        cosine[:, empty] = -torch.inf
-        found.append(top_items(cosine, min(k, len(x))))
-    values, index = (torch.cat(parts) for parts in zip(*found, strict=True))  # [I, k]
-    real = (values > -torch.inf) & ~empty[:, None]
-    return Links(real.nonzero()[:, 0], index[real], starts(real.sum(1)))
+    filled = x.any(1)  # [I]
+    items = filled.nonzero().flatten()  # [n], ascending
+    x = F.normalize(x[items], dim=1).double()
+    k = min(k, len(items))
+    chunk = max(1, CHUNK_SCORES // max(1, len(items)))
+    found = [top_items((some @ x.T).float(), k)[1] for some in x.split(chunk)]
+    columns = items[torch.cat(found).flatten()]  # [n k]
+    return Links(items.repeat_interleave(k), columns, starts(k * filled))
 
 
 def cosines(x: Tensor, links: Links) -> Tensor:
