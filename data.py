@@ -356,12 +356,14 @@ def reading(file: Path) -> Iterator[None]:
 
 def _features(folder: Path, modalities: str) -> dict[str, np.ndarray]:
     files = {f.name.removesuffix("_feat.npy"): f for f in sorted(folder.glob("*_feat.npy"))}
-    expected = "expected <modality>_feat.npy, such as image_feat.npy"
-    need(files, f"{folder}: no feature file, {expected}")
+    need(
+        files,
+        f"{folder}: no feature file, expected <modality>_feat.npy, such as image_feat.npy",
+    )
     wanted = [m.strip() for m in modalities.split(",")] if modalities else list(files)
-    known = ", ".join(files)
     for m in wanted:
-        need(m in files, f"{folder}: unknown modality {m!r}, expected among {known}")
+        unknown = f"{folder}: unknown modality {m!r}, expected among {', '.join(files)}"
+        need(m in files, unknown)
     return {m: read_features(files[m]) for m in wanted}
 
 
@@ -899,8 +901,8 @@ def pick_device(name: str) -> torch.device:
     """auto: CUDA where there is one, else the CPU; otherwise as asked, or DataError."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     device = {"auto": here[0], "cuda": "cuda:0"}.get(name, name)
-    known = ", ".join(here)
-    need(device in here, f"--device: expected auto or one of {known}, found {name}")
+    expected = f"--device: expected auto or one of {', '.join(here)}, found {name}"
+    need(device in here, expected)
     return torch.device(device)
 
 

@@ -361,10 +361,9 @@ def ladder(metrics: dict) -> str:
     """
     test, sizes = metrics["test"], metrics["parameters"]
     names = LADDER if "teacher" in test else LADDER | {"student": "LightGCN"}
-    head = (
+    lines = [
         f"{'test split':24}{'Recall@20':>10}{'NDCG@20':>10}{'learnt':>12}{'features':>12}"
-    )
-    lines = [head]
+    ]
     for key, name in names.items():
         if key not in test:
             continue

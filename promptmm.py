@@ -49,7 +49,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from os.path import realpath
 from pathlib import Path
@@ -1062,7 +1062,8 @@ def _start(args: argparse.Namespace) -> Run:
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse two flags of which one would silently win."""
     need(not (args.resume and args.force), "expected --resume or --force, found both")
-    given = [name for name in vars(args) if name.startswith(("lambda_", "warm_start"))]
+    of = {one.name: one.metadata["of"] for one in fields(Config)}
+    given = [name for name in vars(args) if of.get(name) in ("teacher", "distillation")]
     found = f"--student-only: expected no setting of a teacher, found {', '.join(given)}"
     need(not (args.student_only and given), found)
 
@@ -1071,21 +1072,24 @@ def _check_folder(folder: Path, args: argparse.Namespace) -> None:
     """Refuse a folder that holds anything, but the run to resume or replace."""
     others = any(one.suffix != ".tmp" for one in folder.glob("*"))  # no killed run's drafts
     if not args.resume and (others or folder.is_file()):
-        expected = f"{folder}: exists; expected a new folder, --resume or --force"
-        need(args.force, expected)
+        need(args.force, f"{folder}: exists; expected a new folder, --resume or --force")
         file = folder / "config.json"
-        ours = file.exists() and b'"fingerprint"' in file.read_bytes()
-        need(ours, f"{folder}: expected a run to replace, found no config.json of one")
-    other = not args.data or realpath(folder) != realpath(args.data)
-    need(other, f"{folder}: the dataset's own folder; expected another for the run")
+        need(
+            file.exists() and b'"fingerprint"' in file.read_bytes(),
+            f"{folder}: expected a run to replace, found no config.json of one",
+        )
+    need(
+        not args.data or realpath(folder) != realpath(args.data),
+        f"{folder}: the dataset's own folder; expected another for the run",
+    )
 
 
 def _chosen(presets: dict, args: argparse.Namespace, stored: dict, source) -> Config:
-    """Settings from preset, stored run, --quick and flags; the later ones win."""
-    name = args.preset or ("" if source else "synthetic")
+    """Settings from stored run, preset, --quick and flags; the later ones win."""
+    name = args.preset or ("" if source or stored else "synthetic")
     quick = {"epochs": 2, "eval_every": 1} if args.quick else {}
     alone = NO_TEACHER if args.student_only else {}
-    given = presets.get(name, {}) | stored | quick | vars(args) | alone
+    given = stored | presets.get(name, {}) | quick | vars(args) | alone
     return Config(**{key: given[key] for key in vars(Config()) if key in given})
 
 

@@ -16,6 +16,7 @@ import promptmm
 from promptmm import main
 
 ROOT = Path(promptmm.__file__).parent
+ALONE = SHORT[: SHORT.index("--negatives")]  # a student alone has no lists
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_lightgcn_beside_is_the_tuned_one(here):
 
 
 def test_progress_says_what_is_left(here, capsys):
-    assert main([*SHORT, "--student-only"]) == 0
+    assert main([*ALONE, "--student-only"]) == 0
     [first, *_] = capsys.readouterr().err.splitlines()
     for word in ("student", "epoch    1", "loss", "validation", "s/epoch", "left: "):
         assert word in first
@@ -207,7 +208,7 @@ def test_an_existing_run_is_kept(here, capsys):
     )
     assert (here / "runs/synthetic/metrics.json").read_bytes() == before
     (here / "runs/synthetic/mine.txt").write_text("keep")
-    assert main([*SHORT, "--quick", "--force", "--student-only"]) == 0
+    assert main([*ALONE, "--quick", "--force", "--student-only"]) == 0
     assert not (here / "runs/synthetic/teacher.pt").exists()
     assert (here / "runs/synthetic/mine.txt").read_text() == "keep"
     (here / "file").write_text("")
@@ -221,6 +222,10 @@ def test_resuming_needs_the_same_run(here, capsys, monkeypatch):
     assert "expected dim = 8 to resume, found 16" in error_of(
         ["--out", "run", "--resume", "--dim", "16"], capsys
     )
+    assert "expected dim = 8 to resume, found 32" in error_of(  # SHORT's own dim won
+        ["--out", "run", "--resume", "--preset", "synthetic"], capsys
+    )
+    assert main([*SHORT, "--out", "run", "--resume", "--preset", "synthetic"]) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert "expected threads = 1 to resume, found 63" in error_of(
         ["--out", "run", "--resume"], capsys
@@ -302,7 +307,7 @@ def test_a_loss_that_explodes_is_named(here, capsys, monkeypatch):
 
 
 def test_recommend_from_the_artefact_alone(here, tiny, capsys):
-    assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
+    assert main([*ALONE, "--quick", "--student-only", "--out", "run"]) == 0
     for file in (here / "run").iterdir():
         if file.name != "student.npz":
             file.unlink()
@@ -344,7 +349,7 @@ def test_recommend_from_the_artefact_alone(here, tiny, capsys):
 
 def test_recommend_refusals(here, capsys):
     assert "student.npz" in error_of(["recommend", "--run", "no", "--user", "1"], capsys)
-    assert main([*SHORT, "--quick", "--student-only", "--out", "run"]) == 0
+    assert main([*ALONE, "--quick", "--student-only", "--out", "run"]) == 0
     for argv in (
         ["--user", "60"],
         ["--user=-1"],

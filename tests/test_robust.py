@@ -304,6 +304,8 @@ FLAGS = {
     "--student-only --warm-start": "expected no setting of a teacher, found warm_start",
     "--student-only --lambda-list 1": "found lambda_list",
     "--student-only --lambda-prompt 1": "found lambda_prompt",
+    "--student-only --alpha 1 --tokens mean": "found alpha, tokens",
+    "--student-only --no-tune-prompt": "found tune_prompt",
     "--data|": "expected a value after --data, found none",
     "--data=": "expected a value after --data=, found none",
     "--out|": "expected a value after --out, found none",
