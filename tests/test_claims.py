@@ -467,6 +467,10 @@ def test_some_questions_are_asked_and_what_others_found_stays(answers):
     assert "not asked: C-1, C-2, C-4" in first.note and "before" not in first.note
     put(lab, first, 5)
     found.update({"C-3": "against", "P-4": "no"})
+    elsewhere = claims.experiments.lab.ROOT / "results" / "citeulike"
+    elsewhere.mkdir(parents=True)
+    told = {"rows": [{"id": "C-3", "outcome": "yes"}], "seeds": 5}
+    (elsewhere / "claims.json").write_text(json.dumps(told))
     second = claims.claims(lab, 5, "D-1,P-4")
     outcomes = [(row["id"], row["outcome"], row["verdict"][:8]) for row in second.rows]
     assert outcomes == [
@@ -474,6 +478,10 @@ def test_some_questions_are_asked_and_what_others_found_stays(answers):
         ("P-4", "no", "not repr"),
         ("D-1", "yes", "survives"),
     ]
+    assert second.rows[0]["verdict"] == "survives"  # as the other data have it since
+    assert second.note.endswith(
+        "not asked: C-1, C-2, C-4, P-1, P-2, P-3, P-5, D-2, D-3, D-4"
+    )
     assert "table C-3" in second.text and "asked before this: C-3;" in second.note
     assert len(claims.claims(lab, 5).rows) == len(claims.QUESTIONS)
 
@@ -481,6 +489,7 @@ def test_some_questions_are_asked_and_what_others_found_stays(answers):
 def test_what_was_found_elsewhere_does_not_stay(answers):
     lab, _ = answers
     put(lab, claims.claims(lab, 5, "C-3"), 5)
+    assert len(claims.claims(lab, 3).rows) == len(claims.QUESTIONS)  # all: nothing stays
     with pytest.raises(DataError, match=r"expected seeds and data \(3, .*found \(5, "):
         claims.claims(lab, 3, "D-1")
     less = replaced(lab.dataset, train=lab.dataset.val)
