@@ -282,7 +282,7 @@ def test_rows_of_any_kind(seed, k, width):
 
 @pytest.mark.parametrize(("width", "n"), [(128, 10), (768, 17), (768, 301)])
 def test_equal_rows_are_equally_near(monkeypatch, width, n):
-    """In float32 a product, here a row at a time, rounds them apart by their place in it."""
+    """In float32 a product, here a row at a time, rounds them apart by their place."""
     monkeypatch.setattr(baselines.common, "CHUNK_SCORES", 1)
     x = torch.randn(width, generator=torch.Generator().manual_seed(width)).repeat(n, 1)
     assert lists_in(nearest(x, 5)) == [[0, 1, 2, 3, 4]] * n
