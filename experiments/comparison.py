@@ -44,6 +44,7 @@ from experiments.publish import (
     fence,
     markdown,
     paired,
+    plural,
     protocol,
     ranking_table,
     weights_line,
@@ -85,7 +86,8 @@ def first_run(lab: Lab) -> Output:
     seconds = sum(metrics["seconds"].values())
     text = (
         f"{seconds:.1f} s of training, validation aside ({metrics['device']}, "
-        f"{torch.get_num_threads()} threads); it prints:\n\n{fence(ladder(metrics))}"
+        f"{plural(torch.get_num_threads(), 'thread')}); it prints:\n\n"
+        f"{fence(ladder(metrics))}"
     )
     return Output(f"The main job on {lab.dataset.name}", [metrics], text)
 
