@@ -501,8 +501,13 @@ def test_what_was_found_elsewhere_does_not_stay(answers):
 
 
 def test_the_page_says_what_the_claims_found():
-    """The table of docs/methods.md beside results/tiktok/claims.json."""
+    """The table of docs/methods.md beside the claims.json of both real datasets."""
     page = (laboratory.CODE / "docs" / "methods.md").read_text()
-    file = laboratory.CODE / "results" / "tiktok" / "claims.json"
-    for row in json.loads(file.read_text())["rows"]:
-        assert f"| {row['id']} | {row['claim']} | {row['here']} |\n" in page
+    found = {}
+    for name in claims.REAL:
+        file = laboratory.CODE / "results" / name / "claims.json"
+        found[name] = {row["id"]: row for row in json.loads(file.read_text())["rows"]}
+    for name in claims.ORDER:
+        rows = [found[data].get(name, {"here": "not asked"}) for data in claims.REAL]
+        here = " | ".join(row["here"] for row in rows)
+        assert f"| {name} | {rows[0]['claim']} | {here} |\n" in page
