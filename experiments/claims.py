@@ -20,11 +20,19 @@ from experiments import forgetting, inside
 from experiments.inside import Finding
 from experiments.lab import Job, Lab, compare, known, log_of, seeded, settings
 from experiments.methods import learn_teachers
-from experiments.publish import Output, markdown, paired, protocol, ranking_table
+from experiments.publish import (
+    Output,
+    markdown,
+    on_file,
+    paired,
+    protocol,
+    ranking_table,
+)
 from experiments.questions import CKD, KDSR, TABLES, Question
 
 REAL = ("tiktok", "citeulike")
 SEEDS = 5  # fewer settle nothing
+ANEW = "without --questions all are asked anew"
 OUTCOMES = {"yes": "holds", "no": "not shown", "against": "the other way", "": "no claim"}
 
 # ------------------------------------------------------------ the rule
@@ -126,15 +134,10 @@ def claims(lab: Lab, seeds: int, questions: str = "") -> Output:
 
 def published(lab: Lab, seeds: int) -> list[dict]:
     """The claims on file; DataError if they are of other data, or of other seeds."""
-    file = lab.out / lab.dataset.name / "claims.json"
-    if not file.exists():
-        return []
-    before = data.read_json(file, "rows", "seeds")
-    there = before["seeds"], before.get("fingerprint", "none")[:12]
-    ours = seeds, lab.fingerprint[:12]
-    expected = f"{file}: expected seeds and data {ours}, found {there}"
-    need(there == ours, f"{expected}; without --questions all are asked anew")
-    return before["rows"]
+    before = on_file(lab, "claims", ANEW)
+    there = before.get("seeds", seeds)
+    need(there == seeds, f"--seeds: expected {there}, as on file, found {seeds}; {ANEW}")
+    return before.get("rows", [])
 
 
 def earlier(lab: Lab) -> dict[str, dict[str, str]]:

@@ -43,6 +43,7 @@ from experiments.publish import (
     Output,
     fence,
     markdown,
+    on_file,
     paired,
     plural,
     protocol,
@@ -106,7 +107,7 @@ def table4(lab: Lab, seeds: int, models: str = "") -> Output:
     models: of the comparison models these alone, comma-separated; rows of others stay as
     they were published, with p by Holm over all rows.
     """
-    before = published(lab) if models else []
+    before = on_file(lab, "table4", ANEW).get("rows", []) if models else []
     jobs = compared(lab, models)
     counts = {model: seeds_of(model, seeds) for model in jobs}
     every = {model: seeded(job, counts[model]) for model, job in jobs.items()}
@@ -149,21 +150,6 @@ def compared(lab: Lab, models: str) -> dict[str, Job]:
     best = rivals(search(lab))[:1]
     shown += [f"{rival}{DISTILLED}" for rival in best if rival in chosen]
     return {model: Job(model, settings(lab, model)) for model in shown}
-
-
-def published(lab: Lab) -> list[dict]:
-    """The rows of the Table 4 on file; DataError if it is not said to be of these data.
-
-    Read before anything is trained: a refusal at the end would cost hours.
-    """
-    file = table4_file(lab)
-    if not file.exists():
-        return []
-    before = data.read_json(file, "rows")
-    ours, found = lab.fingerprint, before.get("fingerprint", "none")
-    there = f"{file}: expected data of fingerprint {ours[:12]}, found {found[:12]}"
-    need(found == ours, f"{there}; {ANEW}")
-    return before["rows"]
 
 
 def table4_file(lab: Lab) -> Path:

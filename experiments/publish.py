@@ -16,7 +16,7 @@ import torch
 
 import data
 import experiments.lab
-from data import write
+from data import need, write
 from experiments.lab import VERSIONS, Lab, search, tries
 from promptmm import Config
 
@@ -226,6 +226,22 @@ def publish(
     write(folder / f"{name}.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"{folder / name}.md\n{output.text}\n", flush=True)
     return folder / f"{name}.md"
+
+
+def on_file(lab: Lab, name: str, anew: str) -> dict:
+    """What is published of a part, {} if nothing; DataError if not of these data.
+
+    anew: how it is made without that. Ask before anything is trained: a refusal at the end
+    would cost hours.
+    """
+    file = lab.out / lab.dataset.name / f"{name}.json"
+    if not file.exists():
+        return {}
+    before = data.read_json(file, "rows")
+    ours, found = lab.fingerprint[:12], before.get("fingerprint", "none")[:12]
+    expected = f"{file}: expected data of fingerprint {ours}, found {found}"
+    need(found == ours, f"{expected}; {anew}")
+    return before
 
 
 def as_json(content) -> str:

@@ -490,11 +490,15 @@ def test_what_was_found_elsewhere_does_not_stay(answers):
     lab, _ = answers
     put(lab, claims.claims(lab, 5, "C-3"), 5)
     assert len(claims.claims(lab, 3).rows) == len(claims.QUESTIONS)  # all: nothing stays
-    with pytest.raises(DataError, match=r"expected seeds and data \(3, .*found \(5, "):
+    with pytest.raises(
+        DataError, match="--seeds: expected 5, as on file, found 3; without"
+    ):
         claims.claims(lab, 3, "D-1")
     less = replaced(lab.dataset, train=lab.dataset.val)
     other = dataclasses.replace(lab, dataset=less)
-    with pytest.raises(DataError, match="without --questions all are asked anew"):
+    with pytest.raises(
+        DataError, match="fingerprint .*; without --questions all are asked anew"
+    ):
         claims.claims(other, 5, "D-1")
     with pytest.raises(DataError, match=r"--questions: expected some of C-1, C-2, .*'C-9'"):
         claims.claims(lab, 5, "C-9")

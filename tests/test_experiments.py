@@ -807,10 +807,10 @@ def test_table_4_keeps_rows_whose_models_are_not_trained_anew(lab, monkeypatch):
     table_4_on_file(lab, lab.fingerprint, **found)
     monkeypatch.setattr(comparison, "rivals", lambda _: ["FREEDOM", "BM3"])
     fresh = [{"model": "LightGCN"}, {"model": "PromptMM"}]
-    kept = comparison.kept_rows(lab, fresh, comparison.published(lab))
+    kept = comparison.kept_rows(lab, fresh, comparison.on_file(lab, "table4", "")["rows"])
     assert [row["model"] for row in kept] == ["VBPR", "FREEDOM, distilled"]
     fresh.append({"model": "VBPR"})
-    kept = comparison.kept_rows(lab, fresh, comparison.published(lab))
+    kept = comparison.kept_rows(lab, fresh, comparison.on_file(lab, "table4", "")["rows"])
     assert [row["model"] for row in kept] == ["FREEDOM, distilled"]
 
 
