@@ -309,8 +309,8 @@ LARGEST = 1e30  # of a feature: sums of these stay finite in float32
 def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
     """Read a dataset folder in whichever layout its files show (LAYOUTS), and say which.
 
-    modalities: comma-separated names to keep, "" for all. With `check`, `validate` it and
-    print its warnings. Raises DataError on anything that cannot be used.
+    modalities: comma-separated names to keep, "" for all. With `check`, `validate` it.
+    Raises DataError on anything that cannot be used.
     """
     folder = Path(path)
     need(folder.is_dir(), f"{folder}: expected a dataset folder, found none")
@@ -320,8 +320,8 @@ def load(path: str | Path, check: bool = True, modalities: str = "") -> Dataset:
     found = {split: _read(file, SPLITS.index(split)) for split, file in files.items()}
     splits = _matrices(files, found, n_items=len(next(iter(features.values()))))
     dataset = Dataset(folder.resolve().name, **splits, features=features)
-    for warning in validate(dataset, str(folder)) if check else ():
-        _warn(warning)
+    if check:
+        validate(dataset, str(folder))
     return dataset
 
 
@@ -604,11 +604,12 @@ def _matrix(file: Path, split: str, cells: Cells, shape) -> sparse.csr_matrix:
 # ------------------------------------------------------------ checking and describing
 
 
-def validate(dataset: Dataset, where: str = "") -> list[str]:
-    """Raise DataError if a dataset cannot be trained or judged on; else return warnings."""
+def validate(dataset: Dataset, where: str = "") -> None:
+    """Raise DataError if a dataset cannot be trained or judged on; warn of the doubtful."""
     where = where or dataset.name
     n_items = dataset.train.shape[1]
-    warnings = [note for split in SPLITS for note in _check_split(dataset, split, where)]
+    for split in SPLITS:
+        _check_split(dataset, split, where)
     shared = overlap(dataset)
     need(not shared, f"{where}: expected disjoint splits, {shared} cells are in two")
     full = (np.diff(dataset.train.indptr) == n_items).sum()
@@ -618,14 +619,13 @@ def validate(dataset: Dataset, where: str = "") -> list[str]:
     )
     for m, x in dataset.features.items():
         file = f"{where}: {m}_feat.npy"
-        warnings += _check_features(file, x, n_items)
+        _check_features(file, x, n_items)
         for other, y in dataset.features.items():
             if other < m and np.array_equal(x, y):
-                warnings.append(f"{file} holds the same array as {other}_feat.npy")
-    return warnings
+                _warn(f"{file} holds the same array as {other}_feat.npy")
 
 
-def _check_split(dataset: Dataset, split: str, where: str) -> list[str]:
+def _check_split(dataset: Dataset, split: str, where: str) -> None:
     matrix, train = getattr(dataset, split), dataset.train
     need(
         matrix.shape == train.shape,
@@ -633,10 +633,11 @@ def _check_split(dataset: Dataset, split: str, where: str) -> list[str]:
     )
     need(matrix.nnz, f"{where}: empty {split} split, expected at least one interaction")
     cold = ((np.diff(train.indptr) == 0) & (np.diff(matrix.indptr) > 0)).sum()
-    return [f"{where}: {cold} {split} users have no training item"] if cold else []
+    if cold:
+        _warn(f"{where}: {cold} {split} users have no training item")
 
 
-def _check_features(file: str, x: np.ndarray, n_items: int) -> list[str]:
+def _check_features(file: str, x: np.ndarray, n_items: int) -> None:
     need(
         x.ndim == 2 and len(x) == n_items,
         f"{file}: expected {n_items} rows, one an item, found shape {x.shape}",
@@ -647,7 +648,8 @@ def _check_features(file: str, x: np.ndarray, n_items: int) -> list[str]:
         f"{file}: expected finite numbers to {LARGEST}, "
         f"found larger ones, NaN or infinity in {broken} rows",
     )
-    return [] if x.any() else [f"{file} is zero throughout"]
+    if not x.any():
+        _warn(f"{file} is zero throughout")
 
 
 def overlap(dataset: Dataset) -> int:
@@ -1023,11 +1025,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.command == "describe":
-        for name, value in describe(load(args.folder, check=False)).items():
-            print(f"{name:30} {value}")
-    else:
-        _convert(args)
+    if args.command == "convert":
+        return _convert(args)
+    dataset = load(args.folder, check=False)
+    for name, value in describe(dataset).items():
+        print(f"{name:30} {value}")
+    validate(dataset, args.folder)  # its figures may say why it is refused
 
 
 def _parser() -> Parser:
@@ -1063,8 +1066,7 @@ def _convert(args: argparse.Namespace) -> None:
             f"digits and _, found {' '.join(args.features)}",
         )
         dataset, ids = from_log(args.interactions, files, args.items, args.seed or 0)
-        for warning in validate(dataset, str(args.interactions)):
-            _warn(warning)
+        validate(dataset, str(args.interactions))
         save(dataset, out, ids)
     else:
         dataset = load(source[0])

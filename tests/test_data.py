@@ -401,14 +401,25 @@ def test_describe_counts(tiny):
     assert figures["users without training items"] == (dense(tiny).sum(1) == 0).sum()
 
 
-def test_describe_reads_what_check_refuses(folder, capsys):
-    overlap(folder)
-    nan_features(folder)
-    with pytest.raises(DataError):
-        data.load(folder)
+def test_describe_shows_what_training_would_refuse_then_refuses_it(folder, capsys):
     assert data.main(["describe", str(folder)]) == 0
+    assert "error" not in capsys.readouterr().err
+    overlap(folder)
+    assert data.main(["describe", str(folder)]) == 2
     train = sparse.load_npz(folder / "train.npz").nnz
-    assert f"interactions in two splits     {train}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"interactions in two splits     {train}" in shown.out
+    assert f"error: {folder}: expected disjoint splits" in shown.err
+
+
+def test_describe_refuses_nan_and_warns_as_training_does(folder, capsys):
+    np.save(folder / "text_feat.npy", np.zeros_like(np.load(folder / "text_feat.npy")))
+    assert data.main(["describe", str(folder)]) == 0
+    assert "text_feat.npy is zero throughout" in capsys.readouterr().err
+    nan_features(folder)
+    assert data.main(["describe", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith("dataset ") and "NaN or infinity in" in shown.err
 
 
 def write_shop(folder, n_users=30):
@@ -484,6 +495,14 @@ def test_own_data_refusals(file, text, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_own_data_are_checked_before_they_are_written(tmp_path, capsys):
+    write_shop(tmp_path)
+    np.save(tmp_path / "v.npy", np.full((12, 5), np.nan))
+    assert convert(tmp_path) == 2
+    assert "NaN or infinity in 12 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_writes_only_to_a_new_folder(folder, tmp_path, capsys):
     assert data.main(["convert", str(folder), str(folder)]) == 2
     assert "exists, expected a new folder" in capsys.readouterr().err
@@ -517,7 +536,7 @@ def test_split_is_8_1_1_per_user(rows, seed):
 # ------------------------------------------------------------ the embedded dataset
 
 
-def test_synthetic_is_deterministic_and_valid():
+def test_synthetic_is_deterministic_and_valid(capsys):
     one, two, other = (
         data.synthetic(**TINY),
         data.synthetic(**TINY),
@@ -525,7 +544,8 @@ def test_synthetic_is_deterministic_and_valid():
     )
     assert_same(one, two)
     assert data.fingerprint(one) == data.fingerprint(two) != data.fingerprint(other)
-    assert data.validate(data.synthetic()) == []
+    data.validate(data.synthetic())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_later_python_finds_the_same_fingerprint(tiny, monkeypatch):
