@@ -129,7 +129,7 @@ class Config:
         1.0, "β, weight of KL(q) (ours); the paper's 1 - b+:", ("identity",)
     )
     temperature: float = of_kd(1.0, "τ of the softened logits (ours)", low=1e-3)
-    gamma: float = of_kd(2.0, "γ of Eq. 11 (released code)", low=1)
+    gamma: float = of_kd(2.0, "γ of Eq. 11 (released code)", low=1, high=50)
     tokens: str = of_teacher("mean", "η(x^m) over m (mean: Eq. 3)", ("mean", "concat"))
     tune_prompt: bool = of_kd(False, "train the prompt in stage 2 too (paper: yes)")
     weight_anchor: float = of_kd(1.0, "of the prompted teacher's BPR in stage 2 (P11)")
@@ -733,7 +733,7 @@ def _validate(run: Run, learner: nn.Module, means: dict, rank: Callable[[], Pair
         state |= {"recall": found["recall@20"], "stale": 0, "best": best}
     row = {name: state[name] for name in ("stage", "epoch", "seconds")}
     row |= {metric: found[metric] for metric in ("recall@20", "ndcg@20")}
-    row |= {"loss": sum(means.values()) if means else np.nan, **means}
+    row |= {"loss": sum(means.values()), **means} if means else {}
     if isinstance(learner, Teacher):
         row["prompt_share"] = learner.prompt_share()
     state["rows"] = [*state.get("rows", []), row]
@@ -747,7 +747,8 @@ def _progress(row: dict, state: dict, config: Config) -> str:
     _, patience = pace(config, row["stage"], 0)
     most = config.epochs - row["epoch"]
     least = min(most, (patience - state["stale"]) * config.eval_every)
-    where = f"{row['stage']:8}epoch {row['epoch']:4}  loss {row['loss']:.4f}"
+    loss = f"loss {row['loss']:.4f}" if "loss" in row else "untrained"
+    where = f"{row['stage']:8}epoch {row['epoch']:4}  {loss:11}"
     judged = f"validation {row['recall@20']:.4f}  best {state['recall']:.4f}"
     left = f"left: {least * each:.0f} to {most * each:.0f} s"
     return f"{where}  {judged}  {each:.2f} s/epoch, {left}"

@@ -218,6 +218,10 @@ def test_the_time_left(epoch, stale, least, most):
     line = promptmm._progress(row, {"stale": stale, "recall": 0.5}, config)
     assert line.endswith(f"left: {least} to {most} s")
     assert "2.00 s/epoch" in line
+    assert f"epoch {epoch:4}  loss 1.0000  validation" in line
+    del row["loss"]  # an epoch 0 has none
+    untrained = promptmm._progress(row, {"stale": stale, "recall": 0.5}, config)
+    assert untrained == line.replace("loss 1.0000", "untrained  ")
 
 
 def test_the_objective_is_the_sum_of_its_terms(run):
@@ -342,6 +346,8 @@ def test_run_folder(run, tiny, monkeypatch):
         == {"teacher", "alone", "student"}
         == set(metrics["seconds"])
     )
+    without = [(row["stage"], row["epoch"]) for row in rows if not row["loss"]]
+    assert without == [("teacher", "0")]  # judged before it is trained
     columns = {
         name for row in rows if row["stage"] == "student" for name, v in row.items() if v
     }
