@@ -52,7 +52,7 @@ def table7(lab: Lab, seeds: int) -> Output:
     for row in rows:
         seconds = row["seconds"]["mean"]
         row["time"] = f"{seconds:.2f} s"
-        row["times faster"] = f"{whole / seconds:.0f} x" if seconds else ""
+        row["times faster"] = f"{whole / seconds:.1f} x" if seconds else ""
     columns = {
         "model": "after the new interactions",
         "recall@20": "Recall@20",
