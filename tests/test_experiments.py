@@ -2295,7 +2295,7 @@ def test_time_is_saved_against_training_all_anew(lab, monkeypatch):
     found = {way: figures | {"seconds": spent} for way, spent in seconds.items()}
     monkeypatch.setattr(incremental, "increment", lambda *_: found)
     rows = incremental.table7(lab, 2).rows
-    assert [row["times faster"] for row in rows] == ["", "4 x", "1 x"]
+    assert [row["times faster"] for row in rows] == ["", "4.0 x", "1.0 x"]
     assert [row["time"] for row in rows] == ["0.00 s", "2.00 s", "8.00 s"]
 
 
