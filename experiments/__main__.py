@@ -1,6 +1,6 @@
 """The paper's tables and figures, from one command, on the embedded data or on yours.
 
-    python -m experiments all [--quick]             everything, on the embedded data
+    python -m experiments all [--quick]             the paper's, on the embedded data
     python -m experiments all --data DIR            Tables 3-7 and Figure 5
     python -m experiments table4 --data DIR --seeds 5
     python -m experiments tune --data DIR           the search that the presets come from
@@ -226,6 +226,7 @@ def parse(argv: list[str]) -> Namespace:
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
     )
     need(1 <= args.jobs <= 256, f"expected --jobs 1 to 256, found {args.jobs}")
+    need(args.part != "bench", "bench: expected first, its own flags after it")
     return args
 
 

@@ -2,7 +2,8 @@
 
     python -m experiments bench [--threads N] [--data DIR]
 
-Every row is a median of repeated calls. Table 6's rows are measured in cost.py.
+A row is a median of repeated calls, but for Python's loops, which are timed once. Table 6's
+rows are measured in cost.py.
 """
 
 import argparse
@@ -419,34 +420,32 @@ def bench_prompt(on: Setting) -> None:
 # ------------------------------------------------------------ growth
 
 
-def bench_growth(threads: int) -> None:
+def bench_growth() -> None:
     """Seconds a step and peak memory as U, I, E and d_m grow, each in its own process."""
     columns = f"{'student alone':>15}{'teacher':>10}{'tuned':>10}{'peak memory':>14}"
     print(f"\n{'growth':32}{columns}")
-    base = grown(GROWN, threads)
+    base = grown(GROWN)
     for name in GROWN:
         for factor in FACTORS:
             size = GROWN | {name: GROWN[name] * factor}
-            found = base if size == GROWN else grown(size, threads)
+            found = base if size == GROWN else grown(size)
             label = f"{name} = {size[name]:,}"
             print(f"{label:32}{growth_row(found)}", flush=True)
 
 
-def grown(size: dict[str, int], threads: int) -> dict[str, float]:
+def grown(size: dict[str, int]) -> dict[str, float]:
     """What `point` finds at this size, in a process of its own."""
-    command = [*module("bench"), f"--threads={threads}"]
-    command += [f"--{key}={value}" for key, value in size.items()]
-    return json.loads(child(command))
+    flags = [f"--{key}={value}" for key, value in size.items()]
+    return json.loads(child([*module("bench"), *flags]))
 
 
-def bench_scale(threads: int) -> None:
+def bench_scale() -> None:
     """Microseconds an edge of an epoch by default settings, as everything grows."""
     print(f"\n{'epoch an edge, default settings':44}{'student':>12}{'teacher':>12}")
     first = {}
     for factor in (1, 4, 16):
         sizes = {name: factor * size for name, size in EMBEDDED.items()}
-        command = [*module("bench"), f"--threads={threads}", f"--scale={factor}"]
-        found = json.loads(child(command))
+        found = json.loads(child([*module("bench"), f"--scale={factor}"]))
         first = first or found
         label = " x ".join(f"{size:,}" for size in sizes.values())
         numbers = "".join(f"{value:9.1f} µs" for value in found.values())
@@ -522,8 +521,8 @@ def bench(args: argparse.Namespace) -> None:
     for row in ROWS:
         row(on)
     if device == "cpu":
-        bench_growth(torch.get_num_threads())
-        bench_scale(torch.get_num_threads())
+        bench_growth()
+        bench_scale()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from data import need
 from experiments import forgetting, inside
 from experiments.inside import Finding
 from experiments.lab import Job, Lab, compare, known, log_of, seeded, settings
-from experiments.methods import learn_teachers
+from experiments.methods import CKD, KDSR, learn_teachers
 from experiments.publish import (
     Output,
     markdown,
@@ -28,7 +28,7 @@ from experiments.publish import (
     protocol,
     ranking_table,
 )
-from experiments.questions import CKD, KDSR, TABLES, Question
+from experiments.questions import TABLES, Question
 
 REAL = ("tiktok", "citeulike")
 SEEDS = 5  # fewer settle nothing

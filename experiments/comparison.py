@@ -4,7 +4,6 @@
 """
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -152,10 +151,6 @@ def compared(lab: Lab, models: str) -> dict[str, Job]:
     return {model: Job(model, settings(lab, model)) for model in shown}
 
 
-def table4_file(lab: Lab) -> Path:
-    return lab.out / lab.dataset.name / "table4.json"
-
-
 def need_as_published(lab: Lab, before: list[dict], every: dict[str, list[Job]]) -> None:
     """DataError if LightGCN or PromptMM, which p are about, are others than on file.
 
@@ -172,7 +167,7 @@ def need_as_published(lab: Lab, before: list[dict], every: dict[str, list[Job]])
         there, here = (
             f"{one['mean']:.4f} of {len(one['runs'])} seeds" for one in (was, now)
         )
-        expected = f"{table4_file(lab)}: expected {name} as there, {there}, found {here}"
+        expected = f"table4.json: expected {name} as there, {there}, found {here}"
         need(as_many and as_high, f"{expected}; {ANEW}")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from data import read_torch, unit_rows
 from distillers.content import centred, content_start, nearest, some_pairs
 from distillers.correlation import Modality
-from experiments.inside import NAME_KDSR, Finding, agreed, by_seeds
+from experiments.inside import Finding, agreed, by_seeds
 from experiments.lab import (
     Job,
     Lab,
@@ -21,22 +21,19 @@ from experiments.lab import (
     settings,
     spread,
 )
-from experiments.methods import UNTAUGHT
+from experiments.methods import KDSR, UNTAUGHT
 from experiments.publish import plain
 from promptmm import Config
 
 
-def modalities(lab: Lab, config: Config) -> dict[str, Modality]:
+def code_entropy(lab: Lab, config: Config) -> dict[str, float]:
+    """Of the codes of k-means' own pairs, in nats, by modality; without a pair 0."""
     found = {}
     for m, x in lab.dataset.features.items():
-        found[m] = Modality(*centred(torch.from_numpy(x).float()), config)
-    return found
-
-
-def code_entropy(lab: Lab, config: Config) -> dict[str, float]:
-    """Of the codes of k-means' own pairs, in nats, by modality."""
-    found = {}
-    for m, one in modalities(lab, config).items():
+        one = Modality(*centred(torch.from_numpy(x).float()), config)
+        if one.centres is None:
+            found[m] = 0.0
+            continue
         _, relations = one.correlations(*some_pairs(one.filled, 20_000))
         share = nearest(relations, one.centres).bincount().float() / max(1, len(relations))
         found[m] = float(torch.special.entr(share).sum())
@@ -45,12 +42,12 @@ def code_entropy(lab: Lab, config: Config) -> dict[str, float]:
 
 def forgetting(lab: Lab, seeds: int) -> Finding:
     """D-1: BPR alone forgets the features' correlations; supervision keeps them."""
-    full = replace(settings(lab, NAME_KDSR), start="content")
+    full = replace(settings(lab, KDSR), start="content")
     steps = {
-        "BPR alone": Job(NAME_KDSR, replace(full, **UNTAUGHT)),
-        "+ holistic": Job(NAME_KDSR, replace(full, lambda_dissected=0.0, slow=1.0)),
-        "+ dissected": Job(NAME_KDSR, replace(full, slow=1.0)),
-        "+ slow": Job(NAME_KDSR, full),
+        "BPR alone": Job(replace(full, **UNTAUGHT)),
+        "+ holistic": Job(replace(full, lambda_dissected=0.0, slow=1.0)),
+        "+ dissected": Job(replace(full, slow=1.0)),
+        "+ slow": Job(full),
     }
     contents = [centred(torch.from_numpy(x).float()) for x in lab.dataset.features.values()]
     start = content_start([x for x, _ in contents], full.dim)
@@ -87,14 +84,16 @@ def codes_and_parts(lab: Lab, seeds: int) -> Finding:
     grid = [(20, 1), (50, 8)]
     if not lab.quick:
         grid = [(codes, parts) for codes in (20, 50, 100) for parts in (1, 4, 8, 16)]
+    found = settings(lab, KDSR)
+    jobs = {
+        f"{codes} × {parts}": Job(KDSR, replace(found, codes=codes, parts=parts))
+        for codes, parts in grid
+    }
     rows = []
     for m, place in each_alone(lab).items():
+        learn_all(place, "D-3", [*jobs.values()])
         row = {"modality": m, "width": lab.dataset.features[m].shape[1]}
-        for codes, parts in grid:
-            config = replace(settings(lab, NAME_KDSR), codes=codes, parts=parts)
-            job = Job(NAME_KDSR, config)
-            learn_all(place, "D-3", [job])
-            row[f"{codes} × {parts}"] = recall(place, job, "val")
+        row |= {name: recall(place, job, "val") for name, job in jobs.items()}
         rows.append(row)
     return Finding(
         "D-3", "finer codes suit wider encoders (no claim)", rows, plain(rows), ""

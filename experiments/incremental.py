@@ -145,14 +145,14 @@ def finetune(lab: Lab, student: Student, new: sparse.csr_matrix, config: Config)
 
     best, spent = -1.0, 0.0
     stale = 0
-    for _ in range(config.epochs):
+    for epoch in range(config.epochs + 1):
         recall = validation(lab, student)
         stale += 1
         if recall > best:
             best, selected = recall, spent
             stale = 0
             kept = {name: weight.clone() for name, weight in student.state_dict().items()}
-        if stale == PATIENCE:
+        if stale == PATIENCE or epoch == config.epochs:
             break
         began = time.perf_counter()
         samples = only_new(sampler.epoch(generator), new)

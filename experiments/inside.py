@@ -33,11 +33,9 @@ from experiments.lab import (
     spread,
     teachers_for,
 )
-from experiments.methods import FOUR, learn_teachers
+from experiments.methods import CKD as NAME_CKD, PRM as NAME_PRM, learn_teachers
 from experiments.publish import markdown, plain
 from promptmm import Config, Pair, Run, Student, Teacher, scores, table
-
-NAME_CKD, NAME_PRM, NAME_KDSR = FOUR[1:]
 
 
 class Finding(NamedTuple):
@@ -132,8 +130,10 @@ class Watched(CKD):
 
 def weights_by_epoch(lab: Lab, seeds: int) -> Finding:
     """C-4: the weakest modality gets the largest weight."""
+    found = Job(NAME_CKD, settings(lab, NAME_CKD))
+    learn_teachers(lab, [found], seeds)
     rows = []
-    for job in seeded(Job(NAME_CKD, settings(lab, NAME_CKD)), seeds):
+    for job in seeded(found, seeds):
         teachers = teachers_for(lab, job)
         if not teachers:
             continue
@@ -183,22 +183,28 @@ def trained_with(lab: Lab, config: Config, method, teachers) -> Pair:
 
 def useless_teachers(lab: Lab, seeds: int) -> Finding:
     """P-3: weights protect from teachers that know nothing: noise, and MF-BPR."""
-    lost: dict[str, list[float]] = {"weighted": [], "uniform": []}
-    for job in seeded(Job(NAME_PRM, settings(lab, NAME_PRM)), seeds):
-        mf = Job("MF-BPR", replace(settings(lab, "MF-BPR"), seed=job.config.seed))
-        teachers = teachers_for(lab, job)
+    found = settings(lab, NAME_PRM)
+    jobs = {  # rows of P-2
+        name: Job(NAME_PRM, replace(found, confidence=weight, consistency=weight))
+        for name, weight in (("weighted", 1.0), ("uniform", 0.0))
+    }
+    known = jobs | {"mf": Job("MF-BPR", settings(lab, "MF-BPR"))}
+    every = {name: seeded(job, seeds) for name, job in known.items()}
+    learn_all(lab, "P-3", [one for runs in every.values() for one in runs])
+    lost: dict[str, list[float]] = {name: [] for name in jobs}
+    for seed in range(seeds):
+        teachers = teachers_for(lab, every["weighted"][seed])
         if not teachers:
             continue
-        torch.manual_seed(job.config.seed)
+        torch.manual_seed(seed)
         noise = tuple(
             table(len(part), part.shape[1]).detach() for part in teachers["joint"]
         )
-        more = teachers | {"noise": noise, "mf": embeddings(lab, *mf)}
-        for name, weight in (("weighted", 1.0), ("uniform", 0.0)):
-            config = replace(job.config, confidence=weight, consistency=weight)
-            before = recall(lab, Job(NAME_PRM, config))  # a row of P-2
-            after = recall_on_test(lab, trained_with(lab, config, PRMKD, more))
-            lost[name].append(before - after)
+        more = teachers | {"noise": noise, "mf": embeddings(lab, *every["mf"][seed])}
+        for name in jobs:
+            job = every[name][seed]
+            after = trained_with(lab, job.config, PRMKD, more)
+            lost[name].append(recall(lab, job) - recall_on_test(lab, after))
     rows = [{"weights": k, "Recall@20 lost": spread(v)} for k, v in lost.items() if v]
     found = by_seeds(np.subtract(lost["uniform"], lost["weighted"])) if rows else "no"
     text = "weights protect from useless teachers"
@@ -211,6 +217,7 @@ def memory(lab: Lab, seeds: int) -> Finding:
     In four of five seeds. An order has no test, so that it refutes nothing.
     """
     config = replace(settings(lab, NAME_PRM), confidence=1.0, consistency=1.0)
+    learn_all(lab, "P-4", seeded(Job("Teacher", config), seeds))
     every = [sureness(lab, job) for job in seeded(Job(NAME_PRM, config), seeds)]
     found = [one for one in every if one["train"]]  # where a modality weighs anything
     text = "teachers are as sure of items they have not seen"

@@ -653,10 +653,7 @@ def compare(
     for place in {id(one): one for one in labs.values()}.values():
         jobs = [one for name in rows if labs[name] is place for one in every[name]]
         learn_all(place, title, jobs)
-    values = {}  # of each row, by metric: [seeds, users]
-    for name in rows:
-        runs = [judge(labs[name], *one) for one in every[name]]
-        values[name] = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
+    values = {name: judged(labs[name], every[name]) for name in rows}
     table = []
     for name, found in values.items():
         row = {"model": name} | {metric: spread(found[metric].mean(1)) for metric in SHOWN}
@@ -665,6 +662,16 @@ def compare(
         table.append(row | {"gain": gains(found, values[reference])})
     adjust(table, *TESTED)
     return table
+
+
+def judged(lab: Lab, jobs: list[Job]) -> Values:
+    """A row's runs on the test split, by metric: [seeds, users].
+
+    What nobody trained is the same under any seed: it is judged once.
+    """
+    few = jobs[:1] if is_untrained(jobs[0].model) else jobs
+    runs = [judge(lab, *one) for one in few] * (len(jobs) // len(few))
+    return {key: np.stack([run[key] for run in runs]) for key in runs[0]}
 
 
 def adjust(table: list[dict], *keys: str) -> None:
@@ -679,9 +686,7 @@ def adjust(table: list[dict], *keys: str) -> None:
 
 def p_against(lab: Lab, runs: dict[str, list[Job]], reference: str) -> dict[str, float]:
     """p of Recall@20 of each trained row against one of them, not adjusted."""
-    values = {}  # of each row [seeds, users]
-    for name, jobs in runs.items():
-        values[name] = np.stack([judge(lab, *one)["recall@20"] for one in jobs])
+    values = {name: judged(lab, jobs)["recall@20"] for name, jobs in runs.items()}
     base = values.pop(reference)
     return {name: paired_test(found, base)["p_bootstrap"] for name, found in values.items()}
 
@@ -791,14 +796,16 @@ def known(names: str, among: Iterable[str], flag: str = "--models") -> list[str]
 def child(command: list[str]) -> str:
     """What another Python process prints; if it fails, its last line as our error.
 
-    It runs in the caller's folder, so that relative paths mean the same there.
+    It runs in the caller's folder, so that relative paths mean the same there, and with as
+    many threads.
     """
     path = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = str(torch.get_num_threads())
     found = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": threads},
     )
     need(not found.returncode, (found.stderr.strip().splitlines() or ["no message"])[-1])
     return found.stdout

@@ -42,8 +42,10 @@ UNTAUGHT = {
     "lambda_dissected": 0.0,
     "slow": 1.0,
 }
-NEIGHBOURS = ("CKD", "PRM-KD (ours after 002)", "KDSR")
-FOUR = ("PromptMM", *NEIGHBOURS)
+CKD = "CKD"
+PRM = "PRM-KD (ours after 002)"
+KDSR = "KDSR"
+FOUR = ("PromptMM", CKD, PRM, KDSR)
 TAUGHT_BY = {
     "Teacher": "validation",
     "PromptMM": "Teacher: lists, pairs, items",
@@ -73,7 +75,7 @@ SHOWN = ("recall@20", "ndcg@20")
 def methods(lab: Lab, seeds: int) -> Output:
     """The four, what they stand on, and controls that learn nothing or start like KDSR."""
     jobs = rows_of(lab)
-    learn_teachers(lab, [jobs[name] for name in NEIGHBOURS], seeds)
+    learn_teachers(lab, [jobs[name] for name in FOUR[1:]], seeds)
     rows = compare(lab, "methods", jobs, seeds, ALONE)
     for row in rows:
         describe(lab, row, jobs[row["model"]], seeds)
@@ -151,7 +153,7 @@ def tried(lab: Lab, model: str) -> str:
     counts = tries_of(search(lab)) | tries_of(search(lab, "tune_methods"))
     if model not in counts:
         return ""
-    taught = model in FOUR and model != "KDSR"
+    taught = model in FOUR and model != KDSR
     own = str(counts[model])
     return f"{counts.get('Teacher', 0)} + {own}" if taught else own
 

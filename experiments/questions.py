@@ -8,9 +8,8 @@ import numpy as np
 
 from experiments.inside import agreed, by_seeds
 from experiments.lab import Job, Lab, recall, settings
-from experiments.methods import ALONE, FOUR, UNTAUGHT
+from experiments.methods import ALONE, CKD, KDSR, PRM, UNTAUGHT
 
-CKD, PRM, KDSR = FOUR[1:]
 SINGLE = ("joint", "modal", "lightgcn", "spectral")
 WEIGHTED = {  # PRM-KD's weights of confidence and of consistency
     "uniform": (0.0, 0.0),

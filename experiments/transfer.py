@@ -1,7 +1,7 @@
 """Settings that were found elsewhere, or nowhere: does distillation do harm?
 
 Rows come in pairs, LightGCN and PromptMM on top of it: under the settings of this dataset's
-own search, under the defaults, and under what a search found on each other dataset
+own search, under the defaults, and under what a search found on each other real dataset
 (`promptmm.PRESETS`). Nobody's own data come with a search.
 """
 

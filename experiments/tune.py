@@ -95,7 +95,8 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     with what START says.
 
     models: these alone, comma-separated; of the others, what was found before stays, and
-    with as many tries.
+    with as many tries. ONE_STREAM's models draw in turn, so that one of them asked alone
+    draws what the first of them draws in a whole search.
     """
     spaces = {model: kind.SPACE for model, kind in MODELS.items()} | SPACES
     chosen = known(models, spaces) if models else list(spaces)
@@ -206,8 +207,7 @@ def beginning(model: str, best: dict[str, dict]) -> dict:
     like = MODELS["LightGCN"].Settings(**best["LightGCN"])
     if model in MODELS:
         return {name: getattr(like, name) for name in LIKE_LIGHTGCN.get(model, ())}
-    own = ("batch", "l2", "lr_student", "student_layers")
-    return best.get("Teacher", {}) | {name: getattr(like, name) for name in own}
+    return best.get("Teacher", {}) | {name: getattr(like, name) for name in STUDENT}
 
 
 def given(dataset: str, model: str) -> dict:

@@ -182,6 +182,10 @@ def test_first_and_last_weights_are_those_epochs(lab, monkeypatch):
         method.keywords["log"].extend([torch.tensor(s) for s in e] for e in steps)
 
     alone = {"weak": 0.1, "strong": 0.2}
+    taught = []
+    monkeypatch.setattr(
+        inside, "learn_teachers", lambda lab, jobs, seeds: taught.append((jobs, seeds))
+    )
     monkeypatch.setattr(inside, "teachers_for", lambda *_: {m: m for m in alone})
     monkeypatch.setattr(inside, "trained_with", watched)
     monkeypatch.setattr(inside, "recall_on_test", lambda lab, m: alone[m])
@@ -190,6 +194,7 @@ def test_first_and_last_weights_are_those_epochs(lab, monkeypatch):
     assert (weak["w, first epoch"], weak["w, last epoch"]) == (1.5, 8.0)
     assert (strong["w, first epoch"], strong["w, last epoch"]) == (3.5, 2.0)
     assert found.outcome == "yes"
+    assert taught == [([Job(CKD, settings(lab, CKD))], 1)]  # before all, so with --jobs
 
 
 @pytest.mark.parametrize(("weighted", "expected"), [(0.28, "yes"), (0.1, "against")])
@@ -207,6 +212,8 @@ def test_what_useless_teachers_cost(lab, monkeypatch, weighted, expected):
         ] * config.confidence
 
     pair = torch.ones(3, 2), torch.ones(4, 2)
+    taught = []
+    monkeypatch.setattr(inside, "learn_all", lambda lab, title, jobs: taught.append(jobs))
     monkeypatch.setattr(inside, "teachers_for", lambda *_: {"joint": pair})
     monkeypatch.setattr(inside, "embeddings", lambda *_: pair)
     monkeypatch.setattr(inside, "recall", lambda lab, job: 0.3)
@@ -217,6 +224,8 @@ def test_what_useless_teachers_cost(lab, monkeypatch, weighted, expected):
     assert lost == pytest.approx({"weighted": 0.3 - weighted, "uniform": 0.1})
     assert found.outcome == expected
     assert seen == [{"joint", "noise", "mf"}] * 10
+    assert [job.model for job in taught[0]] == [PRM] * 10 + ["MF-BPR"] * 5
+    assert {job.config.confidence for job in taught[0][:5]} == {1.0}
 
 
 @pytest.mark.parametrize(("unseen", "same"), [((1, 2, 3), "yes"), ((3, 2, 1), "no")])
@@ -233,7 +242,12 @@ def test_the_order_of_teachers_on_what_they_have_not_seen(lab, monkeypatch, unse
     lab = dataclasses.replace(lab, chosen={PRM: {"confidence": 0.0, "consistency": 0.0}})
     monkeypatch.setattr(inside, "teachers_for", lambda *_: pairs)
     monkeypatch.setattr(inside, "mean_weights", weights)
+    taught = []
+    monkeypatch.setattr(inside, "learn_all", lambda lab, title, jobs: taught.append(jobs))
     found = inside.memory(lab, 3)
+    assert [(job.model, job.config.seed) for job in taught[0]] == [
+        ("Teacher", seed) for seed in range(3)
+    ]
     train, val = lab.dataset.train.nnz, lab.dataset.val.nnz
     assert asked == 3 * [(train, train), (train + val, val)]
     assert [row["val"]["runs"] for row in found.rows] == [[one] * 3 for one in unseen]
@@ -247,6 +261,7 @@ def test_teachers_are_as_sure_in_four_of_five_seeds(lab, monkeypatch):
     """A teacher that some seeds lack has the mean of those that have it."""
     seen, turned = {"joint": 0.3, "lightgcn": 0.1}, {"joint": 0.1, "lightgcn": 0.3}
     none = {"train": {}, "val": {}}
+    monkeypatch.setattr(inside, "learn_all", lambda *_: None)
 
     def judged(*seeds):
         told = iter(seeds)
@@ -317,10 +332,18 @@ def test_forgetting_is_a_fall_that_supervision_holds(
 
 
 def test_the_grid_of_codes_is_of_validation(lab, monkeypatch):
-    monkeypatch.setattr(forgetting, "learn_all", lambda *_: None)
-    monkeypatch.setattr(forgetting, "recall", lambda lab, job, split: split)
-    found = forgetting.codes_and_parts(lab, 1)
-    assert {row["20 × 1"] for row in found.rows} == {"val"} and found.outcome == ""
+    taught = []
+    monkeypatch.setattr(
+        forgetting, "learn_all", lambda lab, title, jobs: taught.append(jobs)
+    )
+    monkeypatch.setattr(forgetting, "recall", lambda lab, job, split: (split, job))
+    found = forgetting.codes_and_parts(dataclasses.replace(lab, quick=False), 1)
+    assert found.outcome == "" and len(taught) == len(found.rows)
+    for row, jobs in zip(found.rows, taught, strict=True):  # all at once, for --jobs
+        assert [row[f"{j.config.codes} × {j.config.parts}"] for j in jobs] == [
+            ("val", j) for j in jobs
+        ]
+        assert len(jobs) == len(row) - 2 == 12
 
 
 def test_entropy_is_of_the_shares_of_the_codes(lab, monkeypatch):
@@ -328,6 +351,14 @@ def test_entropy_is_of_the_shares_of_the_codes(lab, monkeypatch):
     monkeypatch.setattr(forgetting, "nearest", lambda rows, _: torch.arange(len(rows)) % 2)
     for entropy in forgetting.code_entropy(lab, settings(lab, KDSR)).values():
         assert entropy == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_modality_without_a_pair_has_no_codes(lab):
+    m, x = next(iter(lab.dataset.features.items()))
+    one = np.where(np.arange(len(x))[:, None] == 3, x, 0)
+    dataset = dataclasses.replace(lab.dataset, features=lab.dataset.features | {m: one})
+    place = dataclasses.replace(lab, dataset=dataset)
+    assert forgetting.code_entropy(place, settings(lab, KDSR))[m] == 0
 
 
 def test_verdicts_read_the_other_real_data_and_five_seeds_alone(lab, tmp_path):

@@ -1332,6 +1332,29 @@ def test_a_profile_is_judged_without_training(lab):
     assert not list(lab.cache.glob("*"))
 
 
+def test_what_nobody_trained_is_judged_once(lab, monkeypatch):
+    asked = []
+
+    def told(lab, model, config, kind):
+        asked.append((model, config.seed))
+        return {metric: np.full(4, config.seed) for metric in SHOWN}
+
+    monkeypatch.setattr(laboratory, "judge", told)
+    job = Job("MostPop", settings(lab, "LightGCN"))
+    found = laboratory.judged(lab, seeded(job, 3))
+    assert asked == [("MostPop", 0)]
+    assert {values.shape for values in found.values()} == {(3, 4)}
+    found = laboratory.judged(lab, seeded(job._replace(model="LightGCN"), 3))
+    assert asked[1:] == [("LightGCN", seed) for seed in range(3)]
+
+
+def test_a_child_has_its_callers_threads(monkeypatch):
+    """Table 6's rows and the main job under --jobs: one, as their footers say."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert laboratory.child(["-c", code]) == "3\n"
+
+
 # ------------------------------------------------------------ a new model, a new method
 
 
@@ -1874,6 +1897,7 @@ def test_figure_3_needs_two_modalities(folder, embedded, capsys):
         (["table4", "--device", "tpu"], "--device"),
         (["table4", "--colour"], "--colour"),
         (["bench", "--data", "nowhere"], "nowhere"),
+        (["--quick", "bench"], "bench: expected first"),
     ],
 )
 def test_refusals(argv, expected, tmp_path, capsys):
@@ -2412,6 +2436,10 @@ def test_fine_tuning_keeps_its_best_epoch_and_counts_seconds_until_it(
     assert incremental.finetune(lab, student, new, many) == 2.0
     assert clock[0] == 5.0
     assert (student.user == 2.0).all()
+    told, clock[0] = iter([0.1, 0.2, 0.3]), 0.0  # the last epoch is judged, too
+    few = dataclasses.replace(config, epochs=2)
+    assert incremental.finetune(lab, student, new, few) == 2.0
+    assert (student.user == 2.0).all() and clock[0] == 2.0  # none is trained in vain
 
 
 def test_table_7_counts_seconds_up_to_the_selected_epoch_teacher_included(
