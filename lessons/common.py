@@ -8,11 +8,9 @@ name of the function to write, which hints.py checks; perhaps `draw(axes, found)
 import argparse
 import contextlib
 import io
-import re
 import runpy
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,35 +148,6 @@ def by_popularity(pair: Pair, dataset: Dataset) -> dict[str, float]:
         target.eliminate_zeros()
         found[name] = evaluate(*pair, target, seen, ks=(20,))["recall@20"]
     return found
-
-
-# ------------------------------------------------------------ stored and printed output
-
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?%?")
-
-
-def stored(doc: str) -> tuple[str, float, float]:
-    """The output that a docstring keeps, and how far numbers and percentages may move."""
-    _, head, block = re.split(r"^(The output.*):\n", doc, maxsplit=1, flags=re.M)
-    within = [float(number) for number in re.findall(r"± ([\d.]+)", head)]
-    return textwrap.dedent(block).strip("\n").rstrip(), within[0], within[-1]
-
-
-def differences(kept: str, printed: str, within: float, percent: float) -> list[str]:
-    """What differs: words, whole numbers at all, others by more than they may."""
-    words = [NUMBER.sub("#", text).split() for text in (kept, printed)]
-    if words[0] != words[1]:
-        return [f"words: {words}"]
-    pairs = zip(NUMBER.findall(kept), NUMBER.findall(printed), strict=True)
-    return [f"{a}, now {b}" for a, b in pairs if not close(a, b, within, percent)]
-
-
-def close(a: str, b: str, within: float, percent: float) -> bool:
-    if a.endswith("%") and b.endswith("%"):
-        return abs(float(a[:-1]) - float(b[:-1])) <= percent
-    if "." in a and "." in b:
-        return abs(float(a) - float(b)) <= within + 1e-9
-    return a == b
 
 
 # ------------------------------------------------------------ your turn
