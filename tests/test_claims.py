@@ -536,13 +536,14 @@ def test_what_was_found_elsewhere_does_not_stay(answers):
 
 
 def test_the_page_says_what_the_claims_found():
-    """The table of docs/methods.md beside the claims.json of both real datasets."""
+    """The table of docs/methods.md beside the claims.json of all three datasets."""
     page = (laboratory.CODE / "docs" / "methods.md").read_text()
     found = {}
-    for name in claims.REAL:
+    places = (*claims.REAL, "synthetic")
+    for name in places:
         file = laboratory.CODE / "results" / name / "claims.json"
         found[name] = {row["id"]: row for row in json.loads(file.read_text())["rows"]}
     for name in claims.ORDER:
-        rows = [found[data].get(name, {"here": "not asked"}) for data in claims.REAL]
+        rows = [found[place].get(name, {"here": "not asked"}) for place in places]
         here = " | ".join(row["here"] for row in rows)
         assert f"| {name} | {rows[0]['claim']} | {here} |\n" in page
