@@ -167,7 +167,8 @@ def need_as_published(lab: Lab, before: list[dict], every: dict[str, list[Job]])
         there, here = (
             f"{one['mean']:.4f} of {len(one['runs'])} seeds" for one in (was, now)
         )
-        expected = f"table4.json: expected {name} as there, {there}, found {here}"
+        file = lab.out / lab.dataset.name / "table4.json"
+        expected = f"{file}: expected {name} as there, {there}, found {here}"
         need(as_many and as_high, f"{expected}; {ANEW}")
 
 

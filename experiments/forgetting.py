@@ -44,10 +44,10 @@ def forgetting(lab: Lab, seeds: int) -> Finding:
     """D-1: BPR alone forgets the features' correlations; supervision keeps them."""
     full = replace(settings(lab, KDSR), start="content")
     steps = {
-        "BPR alone": Job(replace(full, **UNTAUGHT)),
-        "+ holistic": Job(replace(full, lambda_dissected=0.0, slow=1.0)),
-        "+ dissected": Job(replace(full, slow=1.0)),
-        "+ slow": Job(full),
+        "BPR alone": Job(KDSR, replace(full, **UNTAUGHT)),
+        "+ holistic": Job(KDSR, replace(full, lambda_dissected=0.0, slow=1.0)),
+        "+ dissected": Job(KDSR, replace(full, slow=1.0)),
+        "+ slow": Job(KDSR, full),
     }
     contents = [centred(torch.from_numpy(x).float()) for x in lab.dataset.features.values()]
     start = content_start([x for x, _ in contents], full.dim)

@@ -225,7 +225,8 @@ def test_what_useless_teachers_cost(lab, monkeypatch, weighted, expected):
     assert found.outcome == expected
     assert seen == [{"joint", "noise", "mf"}] * 10
     assert [job.model for job in taught[0]] == [PRM] * 10 + ["MF-BPR"] * 5
-    assert {job.config.confidence for job in taught[0][:5]} == {1.0}
+    weights = [(job.config.confidence, job.config.consistency) for job in taught[0][:10]]
+    assert weights == [(1.0, 1.0)] * 5 + [(0.0, 0.0)] * 5
 
 
 @pytest.mark.parametrize(("unseen", "same"), [((1, 2, 3), "yes"), ((3, 2, 1), "no")])

@@ -159,6 +159,7 @@ BAD_ARGUMENTS = {
         "lambda_list: expected 0 <= number < 2147483648, found -1.0",
     ),
     "NaN": (["--l2", "nan"], "l2: expected 0 <= number < 2147483648, found nan"),
+    "gamma's powers": (["--gamma", "50"], "gamma: expected 1 <= number < 50, found 50"),
     "gamma": (["--gamma", "0.5"], "gamma: expected 1 <= number < 50, found 0.5"),
     "beta": (["--beta", "identy"], "beta: expected identity, found identy"),
     "half a number": (["--beta", "1x"], "--beta: invalid number_or_word value: '1x'"),

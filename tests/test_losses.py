@@ -192,6 +192,14 @@ def test_embed_kd_matches_plain_python(pair, gamma):
     assert embed_kd(student, teacher, gamma).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_largest_gamma_stays_finite():
+    """Opposite rows: (1 - cos)^γ is 2^γ; Adam squares the gradient."""
+    student = torch.tensor([[1.0, 0.1]], requires_grad=True)
+    loss = embed_kd(student, torch.tensor([[-1.0, 0.0]]), gamma=49.9)
+    loss.backward()
+    assert loss.isfinite() and student.grad.square().isfinite().all() and student.grad.any()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0])
 def test_embed_kd_rows_without_direction(gamma):
     """They count as cos = 0 and send no gradient, whichever side they are on."""
