@@ -925,9 +925,11 @@ def pipeline(run: Run) -> dict:
     metrics["parameters"] = _sizes(ranked["student"], teacher)
     if teacher:
         metrics["weights"] = teacher.modality_weights()
-    metrics["device"] = str(run.device)
-    metrics["seconds"] = {row["stage"]: row["seconds"] for row in run.state["rows"]}
-    metrics["exclude"] = "train + val" if config.mask == "all" else "train"
+    metrics |= {
+        "device": str(run.device),
+        "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
+        "exclude": "train + val" if config.mask == "all" else "train",
+    }
     metrics["versions"] = {
         "torch": torch.__version__,
         "numpy": np.__version__,
