@@ -1,4 +1,4 @@
-"""Datasets: generate, sample, load and check four public layouts, describe, convert.
+"""Datasets: generate, sample, load and check four layouts, describe, convert.
 
     python data.py describe DIR
     python data.py convert DIR OUT
@@ -468,9 +468,9 @@ Cells = tuple[np.ndarray, np.ndarray]  # users [n], items [n]
 
 def _read(file: Path, label: int) -> tuple[Cells, tuple | None]:
     """A split's interactions, and the matrix shape if the file stores one."""
+    if file.suffix == ".json":
+        return _read_json(file), None
     with reading(file):
-        if file.suffix == ".json":
-            return _read_json(file), None
         if file.suffix == ".inter":
             return _read_inter(file, label), None
         return _read_matrix(file)
@@ -538,12 +538,15 @@ def _spread(ends: np.ndarray, count: int, stored: int) -> np.ndarray:
 
 def _read_json(file: Path) -> Cells:
     lists = read_json(file)
-    need({type(items) for items in lists.values()} <= {list}, "expected {user: [items]}")
-    pairs = [(int(user), item) for user, items in lists.items() for item in items]
-    integers = {type(item) for _, item in pairs} <= {int}
-    need(integers, "expected integer item ids, found others")
-    users, items = np.array(pairs, np.int64).reshape(-1, 2).T
-    return users, items
+    with reading(file):
+        need(
+            {type(items) for items in lists.values()} <= {list}, "expected {user: [items]}"
+        )
+        pairs = [(int(user), item) for user, items in lists.items() for item in items]
+        integers = {type(item) for _, item in pairs} <= {int}
+        need(integers, "expected integer item ids, found others")
+        users, items = np.array(pairs, np.int64).reshape(-1, 2).T
+        return users, items
 
 
 def _read_inter(file: Path, label: int) -> Cells:
@@ -696,7 +699,7 @@ def read_json(path: Path, *keys: str, sealed: bool = False) -> dict:
         text = unseal(path) if sealed else Path(path).read_bytes()
         content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
         holds = isinstance(content, dict) and set(keys) <= set(content)
-        need(holds, f"expected an object {keys}")
+        need(holds, f"expected an object {keys or 'of lists'}")
         if sealed:
             del content["digest"]
         return content

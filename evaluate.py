@@ -294,7 +294,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 10_000
     Users and seeds are drawn. Users by bootstrap, both models' values of a user together.
     Seeds of each model independently: a handful is too few to resample, so that a model's
     mean moves by t · s / √seeds, s the deviation of its seeds, t Student's with seeds - 1
-    degrees of freedom. With one seed no seeds are drawn, and `seeds_drawn` is False.
+    degrees of freedom. A model of one seed draws none, and `seeds_drawn` is False.
 
     Returns the mean difference a - b, its 95 % interval `low`, `high`, and two-sided
     p-values: `p_bootstrap`, twice the smaller share of draws on one side of 0, at least

@@ -19,7 +19,7 @@ The losses (Eq. 5-11, 13-16) are in losses.py. Where the paper leaves a gap or
 errs, the comment names an entry of docs/differences.md (P1-P16 paper, C1-C28 released
 code).
 
-    paper                   code                                      shape
+    symbol                  code                                      shape
     A, E, U, I              dataset.train (scipy CSR, 0/1)            [U, I]
     x^m                     teacher.features[m], unit rows            [I, d_m]
     Â                       adjacency (scipy CSR)                     [U+I, U+I]
@@ -34,14 +34,14 @@ code).
     LightGCN's E_u, E_i     teacher.user, teacher.item                [U, d], [I, d]
     E_u^T, E_i^T            teacher_user, teacher_item                [U, D], [I, D]
     E_u^S, E_i^S            student_user, student_item                [U, d], [I, d]
-    y_list                  logits, column 0 the positive; a list of  [B, K]
-                            best items has BPR's negative, too        [B, K+1]
+    y_list                  logits, column 0 the positive             [B, K]
     y_pair, inside its σ    margin(logits)                            [B]
     b, q                    log_b, log_q of losses.disentangle        [B, 2], [B, K-1]
 
-Sizes: B training edges of a step, [E] all of them; K = 1 + negatives; N = list_pool; d =
-dim; d_T = min(dim_teacher, d_m), so it may differ by modality; D = d + Σ d_T over those of
-weight > 0; width = d, or |M| d with --tokens concat.
+Sizes: B training edges of a step, [E] all of them; K columns of a list, 1 + negatives, and
+one more where these are the teacher's best items: BPR's own is there, too; N = list_pool;
+d = dim; d_T = min(dim_teacher, d_m), so it may differ by modality; D = d + Σ d_T over those
+of weight > 0; width = d, or |M| d with --tokens concat.
 """
 
 import argparse
@@ -123,7 +123,9 @@ class Config:
         "joint", "whose logits y^T a list has (P14)", ("joint", "modal", "both")
     )
     list_pool: int = of_kd(100, "N, a user's best items that lists draw from (ours)", low=1)
-    negatives: int = of_kd(10, "K-1, negatives of a list (released code)", low=1, high=1e5)
+    negatives: int = of_kd(
+        10, "of a list, besides BPR's if the best (released code)", low=1, high=1e5
+    )
     alpha: float = of_kd(0.0, "α, weight of KL(b) in Eq. 10 (ours; paper: 1)")
     beta: float | str = of_kd(
         1.0, "β, weight of KL(q) (ours); the paper's 1 - b+:", ("identity",)
@@ -356,7 +358,8 @@ class Teacher(nn.Module):
         weight, bias = self.prompt.parameters()  # W_P [d, width], b_P [d]
         theta = torch.cat([weight.T, bias[None]])  # θ_P [width + 1, d]
         ptx = theta.T @ self.cross[m]  # pᵀX [d, d_m]
-        square = ((p.T @ p) @ ptx * ptx).sum()  # ‖p pᵀX‖²  []
+        # ‖p pᵀX‖² = tr((pᵀX)ᵀ pᵀp pᵀX) = Σ (pᵀp pᵀX) ∘ pᵀX: no [I, d_m] array is made.
+        square = ((p.T @ p) @ ptx * ptx).sum()  # []
         share = (self.filled[m].sum() / square.clamp(min=1e-24)).sqrt()  # s; x^m: unit rows
         scale = self.config.lambda_prompt * share  # []
         return p @ (scale * (ptx @ part.weight))
@@ -510,6 +513,7 @@ def teacher_terms(teacher: Teacher, users: Tensor, lists: Tensor) -> Losses:
         profile, content = teacher.smooth(f)  # [U, d_T], [I, d_T]
         user = profile.index_select(0, users)  # [B, d_T]
         of_others = user - edge * f.index_select(0, positive)  # [B, d_T]
+        # u's whole message to i+ goes, whatever u's profile holds.
         item = content.index_select(0, positive) - edge * user  # [B, d_T]
         taken = (of_others * item).sum(1)  # y of i+  [B]
         other = (user * content.index_select(0, negative)).sum(1)  # y of i-  [B]
@@ -580,8 +584,8 @@ def kd_terms(
         drawn = lists[:EMBED_SAMPLE, 1]
         own = student_item.index_select(0, drawn)  # [sample, d]
         losses = []
-        for linear, item in zip(project, encoded.item_modal.values(), strict=True):
-            target = item.index_select(0, drawn)  # F_i^m [sample, d_T]
+        for linear, modal in zip(project, encoded.item_modal.values(), strict=True):
+            target = modal.index_select(0, drawn)  # F_i^m [sample, d_T]
             losses.append(embed_kd(linear(own), target, config.gamma))
         terms["embed_kd"] = config.lambda_embed * torch.stack(losses).sum()
     if prompt_is_tuned and config.weight_anchor:
@@ -785,30 +789,30 @@ class Distillation:
             return
         user, item, *_ = self.encode()
         if not len(self.best) or item.requires_grad:
-            pair = user.detach(), item.detach()
-            pool = self.config.list_pool
-            self.best, self.best_logits = best_unobserved(*pair, self.train, pool)
+            self.best, self.best_logits = best_unobserved(
+                user.detach(), item.detach(), self.train, self.config.list_pool
+            )
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """K - 1 of each user's best items, with replacement, and their y^T: [B, K - 1]."""
+        """Some of each user's best items, with replacement, and their y^T: [B, negatives]."""
         n = self.best.shape[1]
         shape = len(users), self.config.negatives
         column = torch.randint(n, shape, device=users.device)
-        cell = n * users[:, None] + column  # of the flattened lists  [B, K - 1]
+        cell = n * users[:, None] + column  # of the flattened lists  [B, negatives]
         return self.best.take(cell), self.best_logits.take(cell)
 
     def terms(self, student: Student, users: Tensor, sampled: Tensor) -> Losses:
         """Eq. 12 on a batch, by term: users [B] and the columns that Sampler drew."""
         encoded = self.encode() if self.encode else None
-        lists, logits = sampled, None
+        lists, teacher_logits = sampled, None
         if encoded and self.from_top:
             items, known = self.draw(users)
-            lists = torch.cat([sampled, items], dim=1)  # [B, 2 + K - 1]
+            lists = torch.cat([sampled, items], dim=1)  # [B, K]
             if not encoded.teacher_item.requires_grad:  # else θ_P has moved since refresh
                 joint = encoded.teacher_user, encoded.teacher_item
-                logits = torch.cat([scores(*joint, users, sampled), known], dim=1)
+                teacher_logits = torch.cat([scores(*joint, users, sampled), known], dim=1)
         return student_terms(
-            student, self.config, encoded, users, lists, self.project, logits
+            student, self.config, encoded, users, lists, self.project, teacher_logits
         )
 
 
@@ -929,11 +933,11 @@ def pipeline(run: Run) -> dict:
         "device": str(run.device),
         "seconds": {row["stage"]: row["seconds"] for row in run.state["rows"]},
         "exclude": "train + val" if config.mask == "all" else "train",
-    }
-    metrics["versions"] = {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy_version,
+        "versions": {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy_version,
+        },
     }
     write(run.folder / "metrics.json", metrics)
     for name in WORKING_FILES:
@@ -955,7 +959,7 @@ def _save_student(run: Run, user: Tensor, item: Tensor) -> None:
 
 
 def _judge(run: Run, ranked: dict[str, Pair]) -> dict[str, Any]:
-    """Metrics of each model on both splits; here alone is the test split read."""
+    """Metrics of each model on both splits; nothing is judged on test but here."""
     dataset = run.dataset
     seen = dataset.train + dataset.val if run.config.mask == "all" else dataset.train
     splits = {"validation": (dataset.val, dataset.train), "test": (dataset.test, seen)}
@@ -980,8 +984,8 @@ def _sizes(student: Pair, teacher: Teacher | None) -> dict[str, dict]:
 
 # ------------------------------------------------------------ command line
 
-# What `python -m experiments tune` found on validation, by dataset, where it differs from
-# the defaults. The embedded data take theirs unasked.
+# What our tables were made with, where it differs from the defaults, chosen on validation
+# (results/<dataset>/tune.md, experiments/tune.py). The embedded data take theirs unasked.
 PRESETS: dict[str, dict] = {
     "synthetic": {
         "dim": 32,
@@ -1018,7 +1022,9 @@ def _parser() -> Parser:
         ("device", "auto", "auto, cpu, cuda or cuda:N (default: auto)"),
     ):
         parser.add_argument(f"--{flag}", default=default, help=meaning)
-    parser.add_argument("--preset", choices=PRESETS, help="what a search found, by dataset")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="settings of this project's tables, by dataset"
+    )
     for flag, meaning in (
         ("student-only", "no teacher: LightGCN"),
         ("force", "replace a run"),
@@ -1044,6 +1050,7 @@ def _start(args: argparse.Namespace) -> Run:
     config = _chosen(LIGHTGCN if args.student_only else PRESETS, args, stored, source)
     beside = _chosen(LIGHTGCN, args, stored.get("lightgcn", {}), source)
     modalities = args.modalities or stored.get("modalities", "")
+    need(source or not modalities, "--modalities: expected --data beside it, found none")
     dataset = data.load(source, modalities=modalities) if source else data.synthetic()
     facts = {
         "data": source and str(Path(source).resolve()),

@@ -48,7 +48,7 @@ def lists_of(run: Run, joint: Pair) -> Distillation:
 
 
 def with_drawn(taught: Distillation, users: Tensor, lists: Tensor) -> Tensor:
-    """Lists of users [B], and what `lists_of` draws for them: [B, 2 + K - 1]."""
+    """Lists of users [B], and what `lists_of` draws for them: [B, K]."""
     if not taught.from_top:
         return lists
     return torch.cat([lists, taught.draw(users)[0]], dim=1)

@@ -195,6 +195,11 @@ def test_bad_arguments_are_one_line_and_write_nothing(case, here, capsys):
     assert not list(here.iterdir())
 
 
+def test_modalities_of_the_embedded_data_are_refused(here, capsys):
+    message = "--modalities: expected --data beside it, found none"
+    assert message in error_of(["--modalities", "text", "--quick"], capsys)
+
+
 def test_an_unknown_modality_is_refused(folder, here, capsys):
     assert "unknown modality 'smell'" in error_of(
         ["--data", str(folder), "--modalities", "smell"], capsys

@@ -317,7 +317,12 @@ FOREIGN_REFUSALS = {
         lambda t: t[:40],
         r"train\.json: cannot be read",
     ),
-    "json list": (write_json, "train.json", lambda t: "[1, 2]", r"expected an object"),
+    "json list": (
+        write_json,
+        "train.json",
+        lambda t: "[1, 2]",
+        r"^[^:]+train\.json: expected an object of lists",
+    ),
     "json nested": (
         write_json,
         "train.json",
