@@ -794,7 +794,7 @@ class Distillation:
             )
 
     def draw(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """Some of each user's best items, with replacement, and their y^T: [B, negatives]."""
+        """Some of the user's best items, with replacement, and y^T: [B, negatives]."""
         n = self.best.shape[1]
         shape = len(users), self.config.negatives
         column = torch.randint(n, shape, device=users.device)

@@ -149,7 +149,7 @@ class Settings(Config):
     )
     blocks: bool = of_method(True, "a block of columns for each modality (ours, K1)")
     taught_by: str = of_method(
-        "alone", "uni-modal teachers, or the joint one for every m", ("alone", "joint")
+        "alone", "uni-modal teachers, or the joint for every m in it", ("alone", "joint")
     )
 
 

@@ -162,7 +162,11 @@ def state_of(lab: Lab, part: Part, more: dict) -> str:
     files = [*parts, CODE / "baselines" / "profile.py", *CORE]
     code = [bare(IMPORTED[file]) for file in files]
     seeds = lab.count(part.seeds)
-    before = earlier(lab) if part.name == "claims" else {}
+    before = {}  # what is on file, and what is asked builds on
+    if part.name == "claims":
+        before = earlier(lab)
+    if part.name == "tune_methods":
+        before = search(lab)
     facts = [models, code, seeds, lab.quick, str(lab.out), more, before, lab.searches]
     return digest(facts)
 
@@ -194,9 +198,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--seeds", type=int, default=0, help="runs a model (default: the part's)"
     )
-    parser.add_argument(
-        "--tries", type=int, default=16, help="of tune, a model (default: 16)"
-    )
+    parser.add_argument("--tries", type=int, help="of tune, a model (default: 16)")
     parser.add_argument(
         "--models", default="", help="of tune and table4: these, A,B,…; others stay"
     )
@@ -221,6 +223,14 @@ def parse(argv: list[str]) -> Namespace:
     need(takes, f"--models: expected with tune or table4, found with {args.part}")
     takes = not args.questions or args.part == "claims"
     need(takes, f"--questions: expected with claims, found with {args.part}")
+    takes = args.tries is None or args.part in TUNES
+    need(takes, f"--tries: expected with tune or tune_methods, found with {args.part}")
+    takes = not args.seeds or args.part not in TUNES
+    need(
+        takes,
+        f"--seeds: expected with parts that have several runs, found with {args.part}",
+    )
+    args.tries = 16 if args.tries is None else args.tries
     need(
         args.seeds >= 0 and 1 < args.tries <= 24,
         f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",

@@ -141,6 +141,8 @@ def figure3(lab: Lab) -> Output:
         f"figure3: expected two modalities and more than 10 items, found {n_items} and "
         f"{modalities}",
     )
+    empty = [m for m, x in lab.dataset.features.items() if not x.any()]
+    need(not empty, f"figure3: expected content in each modality, found none in {empty}")
     chosen = np.random.default_rng(0).permutation(n_items)[: 100 if lab.quick else 400]
     panels = {
         "x, raw": raw_points(lab, full, chosen),

@@ -71,9 +71,11 @@ NOTE = (
     "teacher in which every modality weighs; s to embeddings: median of five, from files "
     "to E_u and E_i, a teacher's principal components among it; bytes to serve: what must "
     "be held to refresh and serve embeddings, that is tables, and of the teacher "
-    "reductions, prompt and features too. "
-    "Frozen final embeddings would be equally large for both. The comparison models were "
-    "trained for an epoch: what they cost does not depend on what they have learnt"
+    "reductions, prompt and features too; of a comparison model the features that it is "
+    "trained with, though BM3 and FREEDOM rank without, and no item graph. Frozen final "
+    "embeddings would be d wide for the student, d + Σ d_T for the teacher. The comparison "
+    "models were trained for an epoch: what they cost does not depend on what they have "
+    "learnt"
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from data import Sampler
+from data import Sampler, need
 from experiments.lab import (
     Job,
     Lab,
@@ -101,6 +101,9 @@ def split(
     new = train.copy()
     new.data = (np.random.default_rng(seed).random(train.nnz) < LATER).astype(train.dtype)
     new.eliminate_zeros()
+    need(
+        0 < new.nnz < train.nnz, f"expected more to hold back a fifth of, found {train.nnz}"
+    )
     return (train - new).tocsr(), new
 
 

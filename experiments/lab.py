@@ -387,6 +387,8 @@ def teachers_for(lab: Lab, job: Job) -> distillers.common.Teachers:
 
     A uni-modal teacher that knows no more than LightGCN is left out, and its modality.
     """
+    taken = {"joint", "lightgcn", "spectral"} & set(lab.dataset.features)
+    need(not taken, f"expected modalities of other names, found {', '.join(taken)}")
     frozen = replace(job.config, tune_prompt=False)
     words = needs(job.model, job.config)
     found: distillers.common.Teachers = {}

@@ -101,8 +101,9 @@ def prompt(lab: Lab, seeds: int) -> Output:
     title = f"The prompt under a microscope on {lab.dataset.name}"
     note = (
         f"{protocol(settings(lab), seeds)}; λ₁ is the prompt's share of x^m; p: users and "
-        "seeds drawn, against the first row of each table, not adjusted; s of training: "
-        'as logged, "all anew" when it was trained, perhaps beside others'
+        f"{'' if seeds > 1 else 'no '}seeds drawn, against the first row of each table, "
+        'not adjusted; s of training: as logged, "all anew" when it was trained, perhaps '
+        "beside others"
     )
     return Output(title, rows, text, note)
 

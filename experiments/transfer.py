@@ -16,7 +16,7 @@ COLUMNS = {
     "alone": "LightGCN",
     "student": "PromptMM",
     "ratio": "PromptMM / LightGCN",
-    "p": "p (users and seeds)",
+    "p": "p",
 }
 
 
@@ -41,7 +41,8 @@ def transfer(lab: Lab, seeds: int) -> Output:
     title = f"Settings from elsewhere on {lab.dataset.name}, Recall@20 on test"
     note = (
         f"{protocol(settings(lab), seeds)}, under its own settings (a row's eval_every and "
-        "patience are those of its settings); p of each pair alone, not adjusted"
+        "patience are those of its settings); p of each pair alone, not adjusted, users "
+        f"and {'' if seeds > 1 else 'no '}seeds drawn"
     )
     return Output(title, rows, markdown(rows, COLUMNS), note, extra={"pairs": values})
 

@@ -8,6 +8,7 @@ model of baselines/ brings its space along (`SPACE`); those of PromptMM are here
 
 import zlib
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,11 +96,15 @@ def tune(lab: Lab, tries: int, models: str = "") -> Output:
     with what START says.
 
     models: these alone, comma-separated; of the others, what was found before stays, and
-    with as many tries. ONE_STREAM's models draw in turn, so that one of them asked alone
-    draws what the first of them draws in a whole search.
+    with as many tries. PromptMM stands on the teacher, and that on LightGCN: asked for one,
+    those above it are asked too. ONE_STREAM's models draw in turn, so that some of them
+    asked alone draw what the first of them draw in a whole search.
     """
     spaces = {model: kind.SPACE for model, kind in MODELS.items()} | SPACES
     chosen = known(models, spaces) if models else list(spaces)
+    for below, above in pairwise(("LightGCN", "Teacher", "PromptMM")):
+        stands = f"--models: expected {above} with {below}, which it stands on"
+        need(below not in chosen or above in chosen, stands)
     before = search(lab) if models else {}
     others = before.get("tried", tries)
     need(

@@ -4,7 +4,7 @@ Paper: Section 3.1, Eq. 1 (teacher) and Eq. 2 (student); Section 3.2.4, Eq. 12 (
 
 What do you expect? The teacher reads the items' features, the student has ids alone.
     a) The student stays at LightGCN, which is the same model: it cannot see the features.
-    b) It comes near the teacher, and without the features nothing of the gain is left.
+    b) It comes near the teacher, and with the features shuffled the gain is gone.
     c) It gains from any teacher: soft targets help, whatever they are about.
 Choose before you read on. Then we shuffle the features over the items, and train again.
 

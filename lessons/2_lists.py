@@ -3,9 +3,9 @@
 Paper: Section 3.2.2, Eq. 8-10 (the loss), Eq. 14-16. A list's softmax has two parts: b =
 (b+, 1 - b+), the positive against all the rest (Eq. 6), and q, the rest alone (Eq. 7).
 
-What do you expect? A list is an item that the user took, a random one, and ten of the best
-that they did not. Eq. 16 splits the divergence of two lists: KL(b) + (1 - b+) KL(q). Let a
-teacher be very sure of what the user took: we add 4 to that logit, and change nothing else.
+What do you expect? A list: an item that the user took, a random one, ten of the teacher's
+best that they did not. Eq. 16 splits two lists' divergence: KL(b) + (1 - b+) KL(q), b+ the
+teacher's. Let it be very sure of what the user took: we add 4 to that logit, nothing else.
     a) All forms learn as before: the order of the other items is still the same.
     b) Plain KL suffers; the split alpha KL(b) + beta KL(q) with free weights need not.
     c) A surer teacher teaches better.
@@ -107,14 +107,14 @@ def claim(found: dict) -> bool:
 # the three forms differ by .017, one training of each; lesson 6 says how much is noise.
 
 # %% [markdown]
-# Your turn: `disentangle(logits)`, [B, K] -> the tuple log b [B, 2], log q [B, K-1], finite
-# for logits of ±1e4; column 0 is the positive.
+# Your turn: in mine.py `disentangle(logits)`, [B, K] -> the tuple log b [B, 2], log q
+# [B, K-1], finite for logits of ±1e4; column 0 is the positive.
 # Check: python -m lessons.2_lists --check mine.py
 YOURS = "disentangle"
 
 
 # %% [markdown]
-# Next: add -4 instead of 4. Read: losses.list_kd, losses.disentangle; errata P2, P3.
+# Next: -4 for 4, twice in `measure`. Read: losses.list_kd, disentangle; errata P2, P3.
 # %%
 if __name__ == "__main__":
     raise SystemExit(common.run(globals()))

@@ -114,7 +114,7 @@ def broken(student, teacher):
 
 
 # %% [markdown]
-# Next: start at a margin of 8, where Eq. 5 hardly pulls. Read: losses.pair_kd; errata P1.
+# Next: let the teacher be 8 in `measure`: Eq. 5 hardly pulls. Read: losses.pair_kd; P1.
 # %%
 if __name__ == "__main__":
     raise SystemExit(common.run(globals()))

@@ -16,8 +16,8 @@ The output (3 s of one core; numbers move by ± 0.03 on another machine):
        test Recall@20                          0.167             0.253
     2. sum of |M - M'|, of |M|            2180, 1099           0, 1099
     3. last column of a user's row               499              1299
-    4. columns of the first row        [173 228 308]  [ 973 1028 1108]
-    Of 800 users, the first took items [173 228 308]. MostPop has 0.168.
+    4. first columns of row 0          [173 228 308]  [ 973 1028 1108]
+    Of 800 users (500 items), 0 took items [173 228 308] and more. MostPop has 0.168.
 """
 
 # %%
@@ -64,9 +64,10 @@ def measure(seed: int = 0, quick: bool = False) -> dict:
     dataset = data.synthetic(seed=seed, **common.SMALL)
     config = common.short(seed, quick, epochs=20)
     wrong, right = scaled(released_adjacency(dataset.train)), adjacency(dataset.train)
-    n_users = dataset.train.shape[0]
+    n_users, n_items = dataset.train.shape
     popular = common.recall(most_popular(dataset.train, "cpu"), dataset)
-    found = {"taken": dataset.train[0].indices[:3], "users": n_users, "popular": popular}
+    found = {"users": n_users, "items": n_items, "popular": popular}
+    found["taken"] = dataset.train[0].indices[:3]
     for name, nodes in ("matrix 1", wrong), ("matrix 2", right):
         model = Over(dataset.train, config, nodes)
         recall = common.recall(common.by_bpr(model, dataset, config), dataset)
@@ -77,7 +78,7 @@ def measure(seed: int = 0, quick: bool = False) -> dict:
             "   test Recall@20": f"{recall:.3f}",
             "2. sum of |M - M'|, of |M|": f"{abs(nodes - nodes.T).sum():.0f}, {size:.0f}",
             "3. last column of a user's row": nodes[:n_users].nonzero()[1].max(),
-            "4. columns of the first row": nodes[0].nonzero()[1][:3],
+            "4. first columns of row 0": nodes[0].nonzero()[1][:3],
         }
     return found
 
@@ -87,8 +88,8 @@ def show(found: dict) -> str:
     lines = [f"{'':30}" + "".join(f"{name:>18}" for name in names)]
     for row in found["matrix 1"]:
         lines.append(f"{row:30}" + "".join(f"{str(found[n][row]):>18}" for n in names))
-    end = f"Of {found['users']} users, the first took items {found['taken']}."
-    return "\n".join([*lines, f"{end} MostPop has {found['popular']:.3f}."])
+    end = "Of {users} users ({items} items), 0 took items {taken} and more. MostPop has"
+    return "\n".join([*lines, f"{end.format(**found)} {found['popular']:.3f}."])
 
 
 def claim(found: dict) -> bool:
@@ -107,14 +108,13 @@ def claim(found: dict) -> bool:
 # What it does not show: what this costs the released model, which has other parts too.
 
 # %% [markdown]
-# Your turn: `adjacency(train)` [U, I] -> D^-1/2 [[0, A], [A', 0]] D^-1/2, users first, a
-# sparse matrix [U+I, U+I]. Check: python -m lessons.5_graph --check mine.py
+# Your turn: in mine.py `adjacency(train)` [U, I] -> D^-1/2 [[0, A], [A', 0]] D^-1/2, users
+# first, a sparse matrix [U+I, U+I]. Check: python -m lessons.5_graph --check mine.py
 YOURS = "adjacency"
 
 
 # %% [markdown]
-# Next: let there be more items than users; which of the prints now deceives? Read:
-# promptmm.adjacency; errata C1, C16-C18.
+# Next: more items than users: which print now deceives? Read: promptmm.adjacency; C1, C16.
 # %%
 if __name__ == "__main__":
     raise SystemExit(common.run(globals()))

@@ -12,8 +12,8 @@ The output (11 s of one core; elsewhere recalls ± 0.03; shares are chance, ± 7
     test Recall@20, mean over the trainings       0.276
     error of a difference of two, over users      0.007
     deviation of one, over seeds                  0.008
-    another model, epoch chosen on validation     0.289
-    the same, epoch chosen on test                0.296
+    another LightGCN, epoch by validation         0.289
+    the same, epoch by test                       0.296
     pairs with p < .05, users drawn                 18%
     five seeds against five, users drawn            20%
     five against five, users and seeds drawn         0%
@@ -36,8 +36,8 @@ NAMES = {
     "recall": "test Recall@20, mean over the trainings",
     "error": "error of a difference of two, over users",
     "deviation": "deviation of one, over seeds",
-    "by validation": "another model, epoch chosen on validation",
-    "by test": "the same, epoch chosen on test",
+    "by validation": "another LightGCN, epoch by validation",
+    "by test": "the same, epoch by test",
     "pairs": "pairs with p < .05, users drawn",
     "users": "five seeds against five, users drawn",
     "both": "five against five, users and seeds drawn",
@@ -99,7 +99,7 @@ def claim(found: dict) -> bool:
 # %% [markdown]
 # What it means: c). Drawing users asks whether *these two trainings* differ; but they move
 # by .008 √2 over seeds too, and the question is whether the *models* differ: draw both.
-# Nine rows are nine chances: a right test would star a fourth of such tables (Holm helps).
+# Nine rows, one to compare with: a right test would star 27 % of such tables (Holm helps).
 # The epoch chosen on test is never worse there, for the same run: part of it is luck.
 # What it does not show: how often. The trainings are short, and another ten differ.
 

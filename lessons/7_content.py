@@ -99,9 +99,9 @@ def claim(found: dict) -> bool:
 
 
 # %% [markdown]
-# What it means: b). W has no penalty: at a large step content outgrows the ids (print both
-# norms); at a tenth the same model does better. The teacher weighs content on validation
-# and gains on all that training has; what nobody had is a negative there, too far down.
+# What it means: b), at a large step, for W has no penalty; at a tenth, joint training gains
+# as the teacher does. Profiles know a little of any item, but beside LightGCN none weighs
+# on validation. What nobody had is only a negative in training: too far down for all.
 # What it does not show: that a leak is always so strong; ask who wrote a feature, and when.
 
 # %% [markdown]

@@ -5,7 +5,7 @@ Paper: Section 3.2, Eq. 5 (margins), Eq. 10 (lists), Eq. 11 (embeddings), Eq. 12
 What do you expect? One teacher, one student, one loop; only the loss that compares them
 differs, each with weight 1 and with weight 10, and validation chooses.
     a) Scores: the student should say the same numbers; all else follows from that.
-    b) Lists, then margins: a ranking is differences of scores, and a list has more of them.
+    b) Lists: a ranking is differences of scores, and a list has more of them than a pair.
     c) Embeddings: they hold all that the teacher knows.
 
 The output (20 s of one core; recalls move by ± 0.03 on another machine):
@@ -19,7 +19,7 @@ The output (20 s of one core; recalls move by ± 0.03 on another machine):
     lists, Eq. 10                            0.324
     embeddings, without a map                0.252
     KL of a list of two, and pair_kd         0.375   0.375
-    KL at temperature 1,000, and mse / 2     0.898   0.898
+    KL at temperature 1,000, and var / 2     0.898   0.898
 """
 
 # %%
@@ -57,7 +57,7 @@ def identities(seed: int) -> dict:
     half = (student - teacher).var(1, correction=0).mean() / 2
     return {
         "KL of a list of two, and pair_kd": (kl(*pairs).item(), margins.item()),
-        "KL at temperature 1,000, and mse / 2": (hot.item(), half.item()),
+        "KL at temperature 1,000, and var / 2": (hot.item(), half.item()),
     }
 
 
@@ -103,10 +103,10 @@ def claim(found: dict) -> bool:
 # What it does not show: an order that holds elsewhere. Two tries each, one small data set.
 
 # %% [markdown]
-# Your turn: `fifth(logits, taught, own, told)`, a way of your own: the order of the five
-# best, perhaps, or how alike two items are. The check: one number, a gradient to the
-# student, none where both agree, and lower there than elsewhere.
-# Check: python -m lessons.8_four_ways --check mine.py; then add it to WAYS and run it.
+# Your turn: `fifth(logits, taught, own, told)`, a way of your own: the gaps of the five
+# best, perhaps, or how alike two items are. One number, a gradient to the student, none
+# where both agree, and lower there than elsewhere; below it WAYS["fifth"] = fifth. Check:
+# python -m lessons.8_four_ways --check mine.py
 YOURS = "fifth"
 
 

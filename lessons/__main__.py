@@ -15,6 +15,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="the output too")
     args = parser.parse_args()
+    if unknown := set(args.lessons) - set(NAMES):
+        parser.error(f"expected lessons among {', '.join(NAMES)}, found {unknown}")
     failed = 0
     for name in args.lessons:
         lesson = importlib.import_module(f"lessons.{name}")

@@ -188,9 +188,13 @@ def run(lesson: dict, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of data and training")
     parser.add_argument("--check", metavar="FILE", help="with your function in it")
     args, _ = parser.parse_known_args(argv)  # an editor's kernel has flags of its own
+    if args.seed < 0:
+        parser.error(f"--seed: expected 0 or more, found {args.seed}")
     if args.check:
+        if not Path(args.check).is_file():
+            parser.error(f"--check: expected a file, found none at {args.check}")
         found = hint(lesson, args.check)
-        print(f"Not yet. {found}" if found else "Right: it agrees with the core.")
+        print(f"Not yet. {found}" if found else "Right.")
         return int(bool(found))
     found = lesson["measure"](args.seed, args.quick)
     print(lesson["show"](found))

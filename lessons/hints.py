@@ -52,7 +52,7 @@ def disentangle(yours) -> str:
     if torch.allclose(b[:, 1] - b[:, 0], logits[:, 1:].sum(1) - logits[:, 0]):
         return "Eq. 6: sum the exponentials, not the scores (Figure 2 does, errata P6)."
     if not all(part.isfinite().all() for part in yours(1e4 * logits)):
-        return "With logits of 1e4 it overflows: logsumexp subtracts the maximum first."
+        return "With logits of 1e4 exp overflows, or 1 - b+ is 0: stay with logsumexp."
     right = torch.allclose(b, right_b, atol=1e-6) and torch.allclose(q, right_q, atol=1e-6)
     return "" if right else "For (2, 1, 0): b = (0.665, 0.335) and q = (0.731, 0.269)."
 
