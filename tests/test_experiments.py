@@ -47,6 +47,7 @@ from experiments.__main__ import (
     EVERY,
     PARTS,
     TUNE,
+    TUNES,
     laboratory as laboratory_of,
     main,
     parse,
@@ -1279,6 +1280,42 @@ def test_a_model_is_faithful_to_itself(lab, config):
     assert student["overlap"] < 1 and student["correlation"] < 1
 
 
+def test_a_modality_has_no_teachers_name(lab, config):
+    """Its rows would silently stand for the joint teacher's, or the other way round."""
+    x = next(iter(lab.dataset.features.values()))
+    named = with_data(lab, replaced(lab.dataset, features={"joint": x}))
+    with pytest.raises(data.DataError, match="modalities of other names, found joint"):
+        laboratory.teachers_for(named, Job("CKD", config))
+
+
+def test_fidelity_of_one_user(lab, config):
+    one = replaced(
+        lab.dataset,
+        **{
+            name: getattr(lab.dataset, name)[:1].tocsr()
+            for name in ("train", "val", "test")
+        },
+    )
+    own = Job("Teacher", config)
+    assert faithful(with_data(lab, one), own, own)["overlap"] == pytest.approx(1.0)
+
+
+def test_nothing_to_hold_back_is_refused():
+    train = sparse.csr_matrix(np.eye(2, dtype=np.float32))
+    kept = [
+        seed for seed in range(20) if np.random.default_rng(seed).random(2).min() >= 0.2
+    ]
+    with pytest.raises(data.DataError, match="a fifth of, found 2"):
+        incremental.split(train, kept[0])
+
+
+def test_figure3_wants_content_in_each_modality(lab):
+    m, x = next(iter(lab.dataset.features.items()))
+    empty = replaced(lab.dataset, features=lab.dataset.features | {m: 0 * x})
+    with pytest.raises(data.DataError, match=f"expected content .* none in .*{m}"):
+        ablation.figure3(with_data(lab, empty))
+
+
 def test_fidelity_is_counted_over_what_a_user_has_not_seen(lab, config, monkeypatch):
     """Against a loop over users; of the reversed ranking the correlation is -1."""
     train = lab.dataset.train.toarray()
@@ -1762,6 +1799,22 @@ def test_a_search_is_made_again_after_a_change_of_code_only(lab, tmp_path, monke
     assert made == [4, 5, 5]
 
 
+def test_the_methods_search_is_made_again_after_another_search(lab, monkeypatch):
+    """It begins at what that one found."""
+    made = []
+
+    def found(lab, tries):
+        made.append(tries)
+        return publish.Output("Search", [], "", extra={"best": {}, "tried": tries})
+
+    part = TUNES["tune_methods"]._replace(function=found)
+    lab = dataclasses.replace(lab, chosen={})
+    for step in (0.1, 0.1, 0.2):
+        published_search(lab, lab.out, LightGCN={"lr_student": step})
+        perform(lab, part, False, tries=4)
+    assert made == [4, 4]
+
+
 def published_search(lab: Lab, out: Path, **best: dict) -> None:
     file = out / lab.dataset.name / "tune.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -1892,6 +1945,10 @@ def test_figure_3_needs_two_modalities(folder, embedded, capsys):
         (["tune", "--models", "BM4"], "expected some of MF-BPR"),
         (["table5", "--models", "BM3"], "expected with tune or table4"),
         (["methods", "--questions", "C-1"], "expected with claims, found with methods"),
+        (["table5", "--tries", "3"], "--tries: expected with tune or tune_methods"),
+        (["tune", "--seeds", "3"], "--seeds: expected with parts that have several runs"),
+        (["tune", "--models", "LightGCN", "--quick"], "expected Teacher with LightGCN"),
+        (["tune", "--models", "LightGCN,Teacher", "--quick"], "PromptMM with Teacher"),
         (["table44"], "invalid choice"),
         (["table4", "--data", "nowhere"], "nowhere"),
         (["table4", "--device", "tpu"], "--device"),

@@ -22,6 +22,7 @@ import losses
 import promptmm
 from evaluate import paired_test
 from lessons import common, hints
+from lessons.__main__ import main as lessons_main
 
 ROOT = Path(promptmm.__file__).parent
 NAMES = [file.stem for file in sorted((ROOT / "lessons").glob("[0-9]_*.py"))]
@@ -425,6 +426,29 @@ def test_the_command_checks_a_file(text, status, answer, tmp_path, capsys):
     mine.write_text(text)
     assert common.run(lesson("2_lists"), ["--check", str(mine)]) == status
     assert answer in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--check", "nofile.py"], "--check: expected a file, found none at nofile.py"),
+        (["--seed", "-1"], "--seed: expected 0 or more, found -1"),
+    ],
+)
+def test_a_wrong_flag_is_refused(flags, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        common.run(lesson("2_lists"), flags)
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_an_unknown_lesson_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lessons", "9_more"])
+    with pytest.raises(SystemExit) as ended:
+        lessons_main()
+    assert (
+        ended.value.code == 2
+        and "expected lessons among 1_ladder" in capsys.readouterr().err
+    )
 
 
 def test_it_runs_as_a_module(tmp_path):
