@@ -169,7 +169,7 @@ class CKD:
 
     @staticmethod
     def needs(config: Config) -> tuple[str, ...]:
-        """Which trained models teach: one for each modality alone, or the joint teacher."""
+        """Which trained models teach: one a modality alone, or the joint for all in it."""
         return (config.taught_by,)
 
     def __init__(self, run: Run, student: Student, teachers: Teachers):

@@ -90,7 +90,7 @@ def draw(axes, found: dict) -> None:
 # mostly by its lists (lesson 8). So "cannot become" is about training, not about form:
 # these embeddings were always possible, but the interactions alone do not lead there.
 # PromptMM is the student. Shuffled, it is back at LightGCN; its teacher is a little above,
-# for validation still gave one modality a weight of .1, and nothing of that is passed on.
+# for validation still gave one modality a weight of .1. The student shows none of that.
 #
 # What it does not show: that content helps on your data. Here it was planted.
 
