@@ -124,7 +124,7 @@ class Config:
     )
     list_pool: int = of_kd(100, "N, a user's best items that lists draw from (ours)", low=1)
     negatives: int = of_kd(
-        10, "of a list, besides BPR's if the best (released code)", low=1, high=1e5
+        10, "a list's; of the best, BPR's not counted (released code)", low=1, high=1e5
     )
     alpha: float = of_kd(0.0, "α, weight of KL(b) in Eq. 10 (ours; paper: 1)")
     beta: float | str = of_kd(

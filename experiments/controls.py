@@ -204,9 +204,8 @@ def faithful(lab: Lab, student: Job, teacher: Job) -> dict[str, float]:
     shared = (best[:, :20, None] == mine[:, None]).any(-1).float().mean()
     users = torch.arange(0, len(best), max(1, len(best) // 500))
     logits = torch.einsum("ud,ukd->uk", own[0][users], own[1][best[users]])  # [n, 100]
-    left = (
-        train.shape[1] - np.diff(train.indptr)[users.numpy()]
-    )  # [n]; beyond it the first again
+    had = np.diff(train.indptr)[users.numpy()]  # [n]
+    left = train.shape[1] - had  # beyond it the first again
     pairs = zip(logits.cpu().numpy(), left, strict=True)
     correlations = [falling(row[:n]) for row, n in pairs]
     return {"overlap": float(shared), "correlation": float(np.nanmean(correlations))}

@@ -17,7 +17,7 @@ The output (3 s of one core; numbers move by ± 0.03 on another machine):
     2. sum of |M - M'|, of |M|            2180, 1099           0, 1099
     3. last column of a user's row               499              1299
     4. first columns of row 0          [173 228 308]  [ 973 1028 1108]
-    Of 800 users (500 items), 0 took items [173 228 308] and more. MostPop has 0.168.
+    Of 800 users (500 items), user 0 took [173 228 308] and more. MostPop has 0.168.
 """
 
 # %%
@@ -88,7 +88,7 @@ def show(found: dict) -> str:
     lines = [f"{'':30}" + "".join(f"{name:>18}" for name in names)]
     for row in found["matrix 1"]:
         lines.append(f"{row:30}" + "".join(f"{str(found[n][row]):>18}" for n in names))
-    end = "Of {users} users ({items} items), 0 took items {taken} and more. MostPop has"
+    end = "Of {users} users ({items} items), user 0 took {taken} and more. MostPop has"
     return "\n".join([*lines, f"{end.format(**found)} {found['popular']:.3f}."])
 
 
