@@ -98,6 +98,7 @@ EVERY = (
 )
 PARTS = {part.name: part for part in EVERY}
 TUNE = Part("tune", tune, 0, "any")
+TRIES = 16  # of tune, where none are asked for
 TUNES = {"tune": TUNE, "tune_methods": Part("tune_methods", tune_methods, 0, "named")}
 
 
@@ -219,6 +220,12 @@ def parse(argv: list[str]) -> Namespace:
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: Namespace) -> None:
+    """Refuse a flag that the part does not take, and numbers out of bounds."""
     takes = not args.models or args.part in ("tune", "table4")
     need(takes, f"--models: expected with tune or table4, found with {args.part}")
     takes = not args.questions or args.part == "claims"
@@ -230,14 +237,13 @@ def parse(argv: list[str]) -> Namespace:
         takes,
         f"--seeds: expected with parts that have several runs, found with {args.part}",
     )
-    args.tries = 16 if args.tries is None else args.tries
+    tries = TRIES if args.tries is None else args.tries
     need(
-        args.seeds >= 0 and 1 < args.tries <= 24,
-        f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {args.tries}",
+        args.seeds >= 0 and 1 < tries <= 24,
+        f"expected --seeds 0 or more and --tries 2 to 24, found {args.seeds}, {tries}",
     )
     need(1 <= args.jobs <= 256, f"expected --jobs 1 to 256, found {args.jobs}")
     need(args.part != "bench", "bench: expected first, its own flags after it")
-    return args
 
 
 def run(args: Namespace) -> None:
@@ -245,7 +251,7 @@ def run(args: Namespace) -> None:
     some = {"models": args.models, "questions": args.questions}
     more = {option: value for option, value in some.items() if value}
     if args.part in TUNES:
-        more["tries"] = 4 if args.quick else args.tries
+        more["tries"] = 4 if args.quick else args.tries or TRIES
         perform(lab, TUNES[args.part], args.force, **more)
         return
     if args.part != "all":
