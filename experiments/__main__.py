@@ -199,7 +199,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--seeds", type=int, default=0, help="runs a model (default: the part's)"
     )
-    parser.add_argument("--tries", type=int, help="of tune, a model (default: 16)")
+    parser.add_argument("--tries", type=int, help=f"of tune, a model (default: {TRIES})")
     parser.add_argument(
         "--models", default="", help="of tune and table4: these, A,B,…; others stay"
     )
@@ -232,11 +232,9 @@ def check(args: Namespace) -> None:
     need(takes, f"--questions: expected with claims, found with {args.part}")
     takes = args.tries is None or args.part in TUNES
     need(takes, f"--tries: expected with tune or tune_methods, found with {args.part}")
-    takes = not args.seeds or args.part not in TUNES
-    need(
-        takes,
-        f"--seeds: expected with parts that have several runs, found with {args.part}",
-    )
+    several = ["all", *(part.name for part in EVERY if part.seeds)]
+    takes = not args.seeds or args.part in several
+    need(takes, f"--seeds: expected with a part of several runs, found with {args.part}")
     tries = TRIES if args.tries is None else args.tries
     need(
         args.seeds >= 0 and 1 < tries <= 24,
